@@ -1,0 +1,414 @@
+"""FLoRA (Wen & Chaudhuri, "Batched Low-Rank Adaptation of Foundation Models", ICLR 2024),
+beside the two methods it is compared with: bmm-LoRA (App. B.1) and IA3 (end of §3.2).
+
+A frozen weight W0 [d, k] serves a whole batch while every example, or every token, has its own
+adapter i. In the paper's shapes B_i is [d, r] and A_i is [r, k]:
+
+    LoRA   (Eq. 1)     W_i = W0 + (alpha / r) B_i A_i
+    FLoRA  (Eq. 2-5)   W_i = W0 ∘ (B_i A_i) / r             the identity is B_i A_i / r = 1
+    IA3    (§3.2)      y   = l_i ∘ (W0ᵀ x)                  FLoRA with B_i = 1, "rank 0.5"
+
+PEFT names the LoRA factors the other way round: its lora_A is our Bᵀ, its lora_B our Aᵀ.
+
+Reading order: the three methods as functions, one adapter of one projection (`Adapter`), a linear
+layer with a bank of them (`AdapterLinear`), then verbs on a whole model: add, save, load, merge.
+"""
+import json
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
+KINDS = ("flora", "lora", "ia3")
+TARGETS = {  # name for --targets: the projection of a block that it adapts
+    "c_attn": "attn.c_attn",      # query, key and value, fused: what PEFT adapts in StarCoder
+    "c_attn.qk": "attn.c_attn",   # its query and key columns alone: App. A
+    "c_attn.k": "attn.c_attn",    # its key columns alone: IA3 in App. A
+    "c_proj": "attn.c_proj",
+    "c_fc": "mlp.c_fc",
+    "mlp.c_proj": "mlp.c_proj",
+}
+DEFAULT_TARGETS = {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj")}
+
+
+class BadInput(ValueError):
+    """A mistake in what the caller gave, told in one sentence. Scripts print it and exit with 2."""
+
+
+# ------------------------------------------------------------------------------ the three methods
+
+
+def flora_expand(x, W0, A, B):
+    """Eq. 6: Y = A ∘ ((B ∘ X) W0). One shared matmul of r rows per token, no bmm.
+
+    x [..., d], W0 [d, k], A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
+    A and B hold each token's own adapter, as rows. For r > 1 the paper takes a mean over the r
+    components; here A already carries the 1/r, so that one batch may pad several ranks with zeros.
+    """
+    BX = (B * x.unsqueeze(-2)).to(x.dtype)                # [..., r, d]
+    Y = A * (BX @ W0)                                     # [..., r, k]
+    return Y.sum(-2)                                      # [..., k]
+
+
+def flora_materialise(x, W0, A, B):
+    """Eq. 4: y = x (W0 ∘ ΔW), the adapted weight made once for all tokens of one adapter.
+
+    x [..., d], W0 [d, k], A [r, k] (carrying the 1/r), B [r, d] -> [..., k] in x's dtype.
+    """
+    delta_W = B.T @ A                                     # [d, k] = sum_j b_j a_jᵀ
+    return (x @ (W0 * delta_W).to(x.dtype)).to(x.dtype)   # the last cast is for autocast
+
+
+def lora_bmm(x, A, B):
+    """App. B.1: the addend of Eq. 1, (x B) A, one adapter per example, by two torch.bmm.
+
+    x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k] in x's dtype.
+    """
+    hidden = torch.bmm(x, B.to(x.dtype))                  # [b, T, r]
+    return torch.bmm(hidden, A.to(x.dtype))               # [b, T, k]
+
+
+# What making W0 ∘ ΔW once costs, in rows of the plain matmul. Below it Eq. 6 is cheaper.
+# CPU: measured (README, "Two ways to compute FLoRA"). CUDA: an estimate from reading and writing W0
+# at memory speed against the matmul rate of an H100; not measured.
+MATERIALISE_COST = {"cpu": 128, "cuda": 1024}
+
+
+def choose_path(x, rank, adapter_ids):
+    """"expand" (Eq. 6) or "materialise" (Eq. 4) for x [b, T, d], whichever takes fewer matmul rows.
+
+    An adapter with n tokens costs rank * n rows expanded, and n + MATERIALISE_COST rows materialised.
+    Decoding (T = 1) always expands: counting distinct adapters would make a GPU wait for the host.
+    """
+    b, T, _ = x.shape
+    cost = MATERIALISE_COST.get(x.device.type, MATERIALISE_COST["cuda"])
+    if T == 1 or (rank - 1) * b * T <= cost:
+        return "expand"
+    tokens_per_adapter = b * T / len(adapter_ids.unique())
+    return "materialise" if (rank - 1) * tokens_per_adapter > cost else "expand"
+
+
+# ---------------------------------------------------------------------------- one adapter, one layer
+
+
+class Adapter(nn.Module):
+    """One adapter of one projection W0 [d, k]: the float32 tensors that train and that are saved.
+
+    flora, lora: B [d, r] and A [r, hi - lo], where [lo, hi) are the output columns it adapts.
+    ia3: l [hi - lo], a scale on those outputs, bias included; on mlp.c_proj, l [d] on the inputs
+    (where PEFT places it). Every kind starts as the base model, exactly.
+    """
+
+    def __init__(self, kind, rank, target, d, k, alpha=8.0, device=None):
+        super().__init__()
+        head = (k - d) // 2  # c_attn's outputs are [d query | head key | head value]
+        lo, hi = {"c_attn.qk": (0, d + head), "c_attn.k": (d, d + head)}.get(target, (0, k))
+        self.kind, self.rank, self.target, self.alpha = kind, rank, target, alpha
+        self.d, self.columns = d, (lo, hi)
+        self.scales_input = kind == "ia3" and target == "mlp.c_proj"
+        if kind == "ia3":
+            self.l = nn.Parameter(torch.ones(d if self.scales_input else hi - lo, device=device))
+            return
+        self.B = nn.Parameter(torch.randn(d, rank, device=device))
+        self.A = nn.Parameter(torch.zeros(rank, hi - lo, device=device))
+        with torch.no_grad():
+            if kind == "flora":
+                # Component 1 alone is the identity (r * 1 / r); the others start as LoRA's do, one
+                # factor random and one zero. With all ones every component would get the same
+                # gradient for ever, and rank r would train as rank 1.
+                self.B[:, 0] = 1
+                self.A[0] = rank
+            else:
+                nn.init.kaiming_uniform_(self.B.T, a=5**0.5)  # as in PEFT
+
+    def scale_factors(self, columns):
+        """ΔW over the first `columns` outputs as sum_j b_j a_jᵀ: A [R, columns], B [R, d].
+
+        ΔW is 1 in the columns that this adapter leaves alone, and everywhere for a LoRA.
+        """
+        lo, hi = self.columns
+        one = torch.ones((), device=next(self.parameters()).device)
+        ones_A, ones_B = one.expand(1, columns), one.expand(1, self.d)
+        if self.kind == "lora":
+            return ones_A, ones_B
+        if self.kind == "ia3" and self.scales_input:
+            return ones_A, self.l[None]
+        if self.kind == "ia3":
+            return F.pad(self.l[None], (lo, columns - hi), value=1.0), ones_B
+        A, B = F.pad(self.A / self.rank, (lo, columns - hi)), self.B.T
+        if hi - lo < columns:  # B scales the inputs of all columns: one component more undoes that
+            outside = F.pad(torch.zeros_like(A[:1, lo:hi]), (lo, columns - hi), value=1.0)
+            A, B = torch.cat([A, outside]), torch.cat([B, ones_B])
+        return A, B
+
+    def added_factors(self, k):
+        """LoRA's addend, alpha / r included, over all k outputs: A [r, k], B [r, d]."""
+        lo, hi = self.columns
+        return F.pad(self.A * (self.alpha / self.rank), (lo, k - hi)), self.B.T
+
+
+class Bank(NamedTuple):
+    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; float32.
+
+    Ranks are padded with zeros. A part that no adapter of the layer needs is None.
+    """
+    scale_A: torch.Tensor | None   # [n + 1, R, columns]   FLoRA and IA3
+    scale_B: torch.Tensor | None   # [n + 1, R, d]
+    added_A: torch.Tensor | None   # [n + 1, R', k]        LoRA
+    added_B: torch.Tensor | None   # [n + 1, d, R']
+    bias: torch.Tensor | None      # [n + 1, k]            the bias as each IA3 scales it
+
+
+def stack_rows(rows):
+    """[r_i, m] tensors of several ranks -> [n, max r, m], padded with zeros."""
+    rank = max(len(row) for row in rows)
+    return torch.stack([F.pad(row, (0, 0, 0, rank - len(row))) for row in rows])
+
+
+def select(bank, adapter_ids):
+    """bank [n + 1, R, m], adapter_ids [...] -> [..., R, m]. A negative or unknown id is an error."""
+    return F.embedding(adapter_ids, bank.flatten(1)).unflatten(-1, bank.shape[1:])
+
+
+class AdapterLinear(nn.Linear):
+    """A frozen linear layer, y = W0ᵀ x + bias, with a bank of adapters over it.
+
+    As in nn.Linear, `weight` is W0ᵀ [k, d]. `adapters` maps str(id) to this layer's Adapter; an id
+    without one here runs the base layer.
+    """
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias)
+        self.adapters = nn.ModuleDict()
+        self.num_adapters = 0         # of the whole model, so that ids mean the same in every layer
+        self.frozen_bank = None       # set by freeze_bank for serving; else stacked in each forward
+        self.path = "auto"            # how FLoRA is computed, where forward is not told
+
+    def bank(self):
+        """Stack this layer's adapters into a Bank, differentiably."""
+        k, d = self.weight.shape
+        ones = torch.ones(1, max(k, d), device=self.weight.device)
+        adapters = [self.adapters[str(i)] if str(i) in self.adapters else None
+                    for i in range(self.num_adapters + 1)]
+        scaling = [a for a in adapters if a and a.kind != "lora"]
+        scale_A = scale_B = added_A = added_B = bias = None
+        if scaling:
+            columns = max(a.columns[1] for a in scaling)
+            rows = [a.scale_factors(columns) if a else (ones[:, :columns], ones[:, :d])
+                    for a in adapters]
+            scale_A, scale_B = (stack_rows(factor) for factor in zip(*rows))
+        if any(a and a.kind == "lora" for a in adapters):
+            rows = [a.added_factors(k) if a and a.kind == "lora" else (ones[:0, :k], ones[:0, :d])
+                    for a in adapters]
+            added_A, added_B = (stack_rows(factor) for factor in zip(*rows))
+            added_B = added_B.mT
+        if self.bias is not None and any(a.kind == "ia3" and not a.scales_input for a in scaling):
+            bias = torch.stack([
+                self.bias * (a.scale_factors(k)[0][0] if a and a.kind == "ia3" else ones[0, :k])
+                for a in adapters])
+        return Bank(scale_A, scale_B, added_A, added_B, bias)
+
+    def forward(self, x, adapter_ids=None, path=None):
+        """x [b, T, d], adapter_ids int64 [b] (one per example) or [b, T] (one per token, §3.2), or
+        None for the base model -> [b, T, k] in x's dtype. Id 0 is the base model, i adapter i.
+
+        path: "expand" (Eq. 6), "materialise" (Eq. 4) or "auto" (choose_path); None takes self.path.
+        """
+        if adapter_ids is None or not self.adapters:
+            return F.linear(x, self.weight, self.bias)
+        bank = self.frozen_bank or self.bank()
+        W0 = self.weight.T                                                    # [d, k]
+        if bank.scale_A is None:
+            y = x @ W0
+        else:
+            columns = bank.scale_A.shape[2]  # value columns, say, that no adapter of the bank touches
+            y = self.scaled(x, W0[:, :columns], bank, adapter_ids, path or self.path)
+            if columns < W0.shape[1]:
+                y = torch.cat([y, (x @ W0[:, columns:]).to(y.dtype)], dim=-1)
+        if bank.added_A is not None:
+            A, B = select(bank.added_A, adapter_ids), select(bank.added_B, adapter_ids)
+            if adapter_ids.dim() == 1:
+                y = y + lora_bmm(x, A, B)
+            else:  # every token carries a copy of its adapter, as in an engine that flattens tokens
+                y = y + lora_bmm(x.flatten(0, 1)[:, None], A.flatten(0, 1), B.flatten(0, 1)).view_as(y)
+        if bank.bias is not None:
+            bias = F.embedding(adapter_ids, bank.bias)
+            y = y + (bias[:, None] if adapter_ids.dim() == 1 else bias)
+        elif self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype)
+
+    def scaled(self, x, W0, bank, adapter_ids, path):
+        """The FLoRA part: x [b, T, d] @ (W0 ∘ ΔW of each token's adapter) -> [b, T, columns]."""
+        if path == "auto":
+            path = choose_path(x, bank.scale_A.shape[1], adapter_ids)
+        if path == "expand":
+            A, B = select(bank.scale_A, adapter_ids), select(bank.scale_B, adapter_ids)
+            if adapter_ids.dim() == 1:
+                A, B = A[:, None], B[:, None]                                 # [b, 1, R, .]
+            return flora_expand(x, W0, A, B)
+        if path != "materialise":
+            raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
+        ids = (adapter_ids[:, None] if adapter_ids.dim() == 1 else adapter_ids).expand(x.shape[:2])
+        distinct = ids.unique().tolist()
+        if len(distinct) == 1:
+            return flora_materialise(x, W0, bank.scale_A[distinct[0]], bank.scale_B[distinct[0]])
+        y = x.new_empty(*x.shape[:2], W0.shape[1])
+        for i in distinct:
+            y[ids == i] = flora_materialise(x[ids == i], W0, bank.scale_A[i], bank.scale_B[i])
+        return y
+
+
+# ------------------------------------------------------------------------------- verbs on a model
+
+
+def adapter_layers(model):
+    """Yield (name, layer) for every AdapterLinear of a model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterLinear):
+            yield name, module
+
+
+def make_adapters(model, kind, rank, targets, alpha):
+    """{layer name: new Adapter} for every layer of `model` that one of `targets` names."""
+    if kind not in KINDS:
+        raise BadInput(f"unknown adapter kind {kind!r}; use one of {', '.join(KINDS)}")
+    if kind == "ia3":
+        rank = 0.5  # the paper's name for it; it decides nothing
+    elif not (isinstance(rank, int) and rank >= 1):
+        raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
+    if targets is None:
+        targets = DEFAULT_TARGETS[kind]
+    elif "all" in targets:
+        targets = ("c_attn", "c_proj", "c_fc", "mlp.c_proj")
+    made = {}
+    for target in targets:
+        if target not in TARGETS:
+            raise BadInput(f"unknown target {target!r}; use one of {', '.join(TARGETS)}, or all")
+        for name, layer in adapter_layers(model):
+            if name.endswith("." + TARGETS[target]):
+                if name in made:
+                    raise BadInput(f"targets {' '.join(targets)} adapt {name} twice; name it once")
+                k, d = layer.weight.shape
+                made[name] = Adapter(kind, rank, target, d, k, alpha, layer.weight.device)
+    return made
+
+
+def attach(model, adapters):
+    """Give {layer name: Adapter} the model's next adapter id, and return it."""
+    layers = dict(adapter_layers(model))
+    adapter_id = 1 + max(layer.num_adapters for layer in layers.values())
+    for name, layer in layers.items():
+        layer.num_adapters, layer.frozen_bank = adapter_id, None
+        if name in adapters:
+            layer.adapters[str(adapter_id)] = adapters[name]
+    return adapter_id
+
+
+def add_adapter(model, kind, rank=1, targets=None, alpha=8.0):
+    """Add a new adapter, exactly the base model until trained, to every layer that `targets` names.
+
+    kind: "flora", "lora" or "ia3" (which has no rank). targets: names out of TARGETS, or ["all"];
+    None takes DEFAULT_TARGETS[kind]. alpha: LoRA's, 8 as in PEFT. Returns the adapter's id, from 1.
+    Raises BadInput for an unknown kind or target and for a rank below 1.
+    """
+    return attach(model, make_adapters(model, kind, rank, targets, alpha))
+
+
+def adapters_of(model, adapter_id):
+    """{layer name: Adapter} of one adapter id."""
+    found = {name: layer.adapters[str(adapter_id)] for name, layer in adapter_layers(model)
+             if str(adapter_id) in layer.adapters}
+    if not found:
+        raise BadInput(f"the model has no adapter {adapter_id}")
+    return found
+
+
+def adapter_parameters(model, adapter_id):
+    """{"layer name.A": Parameter, ...} of one adapter: what to train, and what save_adapter writes."""
+    return {f"{name}.{p}": tensor for name, adapter in adapters_of(model, adapter_id).items()
+            for p, tensor in adapter.named_parameters()}
+
+
+def freeze_bank(model):
+    """Stack the adapters once, for serving: forward then only gathers rows. Adding one undoes it."""
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            layer.frozen_bank = layer.bank() if layer.adapters else None
+
+
+@torch.no_grad()
+def merge_adapter(model, adapter_id):
+    """Write one adapter into the base weights, W0 ∘ BA / r or W0 + (alpha / r) BA, in their dtype.
+
+    All adapters are then removed, since they belonged to the old base. Merging into bfloat16 or
+    float16 rounds each weight: load the model in float32 to merge without that.
+    """
+    for name, adapter in adapters_of(model, adapter_id).items():
+        layer = model.get_submodule(name)
+        k = layer.weight.shape[0]
+        if adapter.kind == "lora":
+            A, B = adapter.added_factors(k)
+            layer.weight.add_(A.T @ B)
+        else:
+            A, B = adapter.scale_factors(k)
+            layer.weight.mul_(A.T @ B)                                        # W0ᵀ ∘ ΔWᵀ  [k, d]
+            if adapter.kind == "ia3" and layer.bias is not None:
+                layer.bias.mul_(A[0])  # ones where it scales the input
+    for _, layer in adapter_layers(model):
+        layer.adapters, layer.num_adapters, layer.frozen_bank = nn.ModuleDict(), 0, None
+    model.fingerprint = None  # another base now
+
+
+def save_adapter(model, adapter_id, file, training=None):
+    """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank,
+    targets, alpha, the fingerprint of its base model and `training`, a JSON-able summary."""
+    adapters = adapters_of(model, adapter_id)
+    first = next(iter(adapters.values()))
+    metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha, base=model.fingerprint,
+                    targets=list(dict.fromkeys(a.target for a in adapters.values())),
+                    training=training or {})
+    tensors = {name: p.detach().contiguous().cpu()
+               for name, p in adapter_parameters(model, adapter_id).items()}
+    save_file(tensors, f"{file}.tmp", {"flora_adapter": json.dumps(metadata)})
+    os.replace(f"{file}.tmp", file)
+
+
+def load_adapter(model, file):
+    """Add the adapter that save_adapter wrote to `file`; returns its id.
+
+    Raises BadInput if the file is missing, truncated or no adapter, if its kind is unknown, if it
+    was trained on another base, or if a tensor is missing, left over or of the wrong shape.
+    """
+    if not os.path.isfile(file):
+        raise BadInput(f"{file}: no such adapter file")
+    try:
+        with safe_open(file, "pt") as f:
+            metadata = json.loads((f.metadata() or {}).get("flora_adapter", "null"))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise BadInput(f"{file}: not a readable safetensors file ({e}); copy or train it again") from e
+    if metadata is None:
+        raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
+    if metadata["base"] != model.fingerprint:
+        raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']}, "
+                       f"this model's is {model.fingerprint}); load that base with --weights")
+    try:
+        adapters = make_adapters(model, metadata["kind"], metadata["rank"], metadata["targets"],
+                                 metadata["alpha"])
+    except BadInput as e:
+        raise BadInput(f"{file}: {e}") from None
+    parameters = {f"{name}.{p}": t for name, a in adapters.items() for p, t in a.named_parameters()}
+    for name in sorted(parameters.keys() ^ tensors.keys()):
+        raise BadInput(f"{file}: tensor {name} is {'missing' if name in parameters else 'unexpected'}")
+    for name, p in parameters.items():
+        if p.shape != tensors[name].shape:
+            raise BadInput(f"{file}: {name} has shape {list(tensors[name].shape)}, "
+                           f"this model needs {list(p.shape)}")
+        p.data.copy_(tensors[name])
+    return attach(model, adapters)

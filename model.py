@@ -1,0 +1,397 @@
+"""StarCoder (GPTBigCode) in one file: the transformer, its KV cache, Hugging Face folders, tokenizers.
+
+Pre-LayerNorm, learned positions, multi-query attention (one key/value head for all query heads),
+tanh-GELU MLP, biases everywhere, output embedding tied to the input's. The four projections of each
+block are `flora.AdapterLinear`, so every row of a batch may run its own adapter.
+
+Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, D = C / H.
+"""
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from flora import AdapterLinear, BadInput
+
+
+@dataclass
+class GPTConfig:
+    """Sizes by Hugging Face's names. The defaults are StarCoder's, 15B parameters."""
+    vocab_size: int = 49152
+    n_positions: int = 8192       # context length, in tokens
+    n_embd: int = 6144
+    n_layer: int = 40
+    n_head: int = 48
+    n_inner: int = 24576
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    eos_token_id: int = 0         # <|endoftext|>
+
+
+PRESETS = {
+    "tiny_starcoder_py": GPTConfig(n_embd=768, n_layer=20, n_head=12, n_inner=3072),
+    "starcoderbase-1b": GPTConfig(n_embd=2048, n_layer=24, n_head=16, n_inner=8192),
+    "starcoderbase-3b": GPTConfig(n_embd=2816, n_layer=36, n_head=22, n_inner=11264),
+    "starcoderbase-7b": GPTConfig(n_embd=4096, n_layer=42, n_head=32, n_inner=16384),
+    "starcoder": GPTConfig(),
+}
+
+
+def attend(q, k, v, mask=None, flash=True):
+    """Multi-query attention: q [B, H, T, D] over one key/value head k, v [B, S, D] -> [B, H, T, D].
+
+    mask: bool [B, T, S], True where a query may look; None is causal, with S = T.
+    flash=False writes the scores out, as the paper's measurements did (no FlashAttention).
+    """
+    B, H, T, D = q.shape
+    k, v = k[:, None].expand(B, H, -1, D), v[:, None].expand(B, H, -1, D)
+    mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
+    if flash:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.mT).float() / D**0.5                                      # [B, H, T, S]
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    return weights.to(q.dtype) @ v
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, self.n_head = config.n_embd, config.n_head
+        self.head_dim = C // config.n_head
+        self.flash = True
+        self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)  # rows: [query C | key D | value D]
+        self.c_proj = AdapterLinear(C, C)
+
+    def forward(self, x, adapter_ids, kv_cache, positions):
+        B, T, C = x.shape
+        D = self.head_dim
+        q, k, v = self.c_attn(x, adapter_ids).split([C, D, D], dim=-1)
+        q = q.view(B, T, self.n_head, D).transpose(1, 2)                      # [B, H, T, D]
+        mask = None
+        if kv_cache is not None:  # [2, B, S, D]
+            if positions is None:  # prefill: the cache is empty, attend among the new tokens
+                kv_cache[0, :, :T], kv_cache[1, :, :T] = k, v
+            else:                  # decode: attend to all that each row has cached so far
+                rows = torch.arange(B, device=x.device)[:, None]
+                kv_cache[0, rows, positions], kv_cache[1, rows, positions] = k, v
+                k, v = kv_cache
+                mask = torch.arange(k.shape[1], device=x.device) <= positions[:, :, None]
+        y = attend(q, k, v, mask, self.flash)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C), adapter_ids)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = AdapterLinear(config.n_embd, config.n_inner)
+        self.c_proj = AdapterLinear(config.n_inner, config.n_embd)
+
+    def forward(self, x, adapter_ids):
+        return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate="tanh"), adapter_ids)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, adapter_ids=None, kv_cache=None, positions=None):
+        x = x + self.attn(self.ln_1(x), adapter_ids, kv_cache, positions)
+        return x + self.mlp(self.ln_2(x), adapter_ids)
+
+
+class GPT(nn.Module):
+    """The language model. Parameters carry Hugging Face's names (`transformer.h.0.attn.c_attn.weight`)."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise BadInput(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
+        self.config = config
+        self.gradient_checkpointing = False   # recompute each block in backward, to save memory
+        self._fingerprint = None
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.n_positions, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
+        ))
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "ln_" not in name:  # residual projections start smaller, as in GPT-2
+                depth = 2 * config.n_layer if "c_proj" in name else 1
+                nn.init.normal_(p, std=config.initializer_range / depth**0.5)
+
+    def hidden(self, ids, adapter_ids=None, kv_cache=None, positions=None):
+        """All of `forward` but the output embedding -> [B, T, C]."""
+        B, T = ids.shape
+        if T > self.config.n_positions:
+            raise BadInput(f"{T} tokens are more than the model's context of "
+                           f"{self.config.n_positions} (n_positions); shorten or truncate the prompt")
+        wpe = self.transformer.wpe
+        x = self.transformer.wte(ids)                                         # [B, T, C]
+        x = x + (wpe.weight[:T] if positions is None else wpe(positions))
+        for i, block in enumerate(self.transformer.h):
+            layer_cache = None if kv_cache is None else kv_cache[i]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, adapter_ids, use_reentrant=False)
+            else:
+                x = block(x, adapter_ids, layer_cache, positions)
+        return self.transformer.ln_f(x)
+
+    def lm_head(self, x):
+        """x [..., C] -> logits [..., vocab_size], by the tied input embedding."""
+        return F.linear(x, self.transformer.wte.weight)
+
+    def forward(self, ids, adapter_ids=None, kv_cache=None, positions=None):
+        """ids int64 [B, T] -> logits [B, T, vocab_size], in the model's dtype.
+
+        adapter_ids: int64 [B] or [B, T], 0 for the base model; None is the base model for all.
+        kv_cache: from `new_kv_cache`, written in place. Without `positions` it is filled from its
+        start (prefill; pad shorter rows on the right, causality keeps the padding out of sight).
+        With positions int64 [B, T], each row's tokens are written there and see what that row has
+        cached up to them (decode).
+        """
+        return self.lm_head(self.hidden(ids, adapter_ids, kv_cache, positions))
+
+    def new_kv_cache(self, batch, length):
+        """An empty static cache [n_layer, 2, B, S, D], in the model's dtype, for `length` = S tokens."""
+        c, weight = self.config, self.transformer.wte.weight
+        return torch.zeros(c.n_layer, 2, batch, length, c.n_embd // c.n_head,
+                           dtype=weight.dtype, device=weight.device)
+
+    def set_attention(self, flash):
+        """Choose F.scaled_dot_product_attention (True) or plain math (False), as `attend` explains."""
+        for block in self.transformer.h:
+            block.attn.flash = flash
+
+    def base_parameters(self):
+        """{name: parameter} of the base model, adapters left out."""
+        return {name: p for name, p in self.named_parameters() if ".adapters." not in name}
+
+    @property
+    def fingerprint(self):
+        """16 hexadecimal digits that tell this base model from others, from a sample of its weights
+        as they were stored (so a load in another dtype keeps it)."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint({n: sample(p) for n, p in self.base_parameters().items()})
+        return self._fingerprint
+
+    @fingerprint.setter
+    def fingerprint(self, value):
+        self._fingerprint = value
+
+    # ------------------------------------------------------------------ Hugging Face folders
+
+    @classmethod
+    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
+        """Load a Hugging Face GPTBigCode folder: config.json and weights as safetensors or
+        pytorch_model*.bin (never unpickled beyond tensors), in one file or in shards.
+
+        Each tensor is read into place in `dtype`, so memory peaks near one copy of the model.
+        Raises BadInput, naming the file or key, for what is missing, misshaped or not StarCoder.
+        """
+        with torch.device("meta"):
+            model = cls(read_config(folder))
+        model = model.to(dtype).to_empty(device=device)
+        parameters, samples = model.base_parameters(), {}
+        for file, name, tensor in stored_tensors(folder):
+            if name == "lm_head.weight":  # a copy of the tied embedding
+                continue
+            if name not in parameters:
+                raise BadInput(f"{file}: unexpected tensor {name}; the model of {folder}/config.json "
+                               "has no such parameter")
+            if parameters[name].shape != tensor.shape:
+                raise BadInput(f"{file}: {name} has shape {list(tensor.shape)}, but config.json "
+                               f"needs {list(parameters[name].shape)}")
+            parameters[name].data.copy_(tensor)
+            samples[name] = sample(tensor)
+        missing = sorted(parameters.keys() - samples.keys())
+        if missing:
+            raise BadInput(f"{folder}: tensor {missing[0]} is missing from the weight files"
+                           + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+        model.fingerprint = fingerprint(samples)
+        return model
+
+    def save_pretrained(self, folder, dtype=None):
+        """Write config.json and model.safetensors that Hugging Face transformers opens.
+
+        dtype: the stored one (None keeps the model's). Adapters are not written: merge one first,
+        or use flora.save_adapter.
+        """
+        os.makedirs(folder, exist_ok=True)
+        tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
+                   for name, p in self.base_parameters().items()}
+        stored = tensors["transformer.wte.weight"].dtype
+        config = asdict(self.config) | dict(
+            model_type="gpt_bigcode", architectures=["GPTBigCodeForCausalLM"], multi_query=True,
+            activation_function="gelu_pytorch_tanh", scale_attn_weights=True,
+            tie_word_embeddings=True, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+            bos_token_id=self.config.eos_token_id, torch_dtype=str(stored).removeprefix("torch."))
+        file = os.path.join(folder, "model.safetensors")
+        save_file(tensors, file + ".tmp", {"format": "pt"})
+        os.replace(file + ".tmp", file)
+        write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2) + "\n")
+
+
+def sample(tensor):
+    """64 values spread over a tensor, as float32 bytes with its shape."""
+    flat = tensor.detach().reshape(-1)
+    picked = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()]
+    return str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes()
+
+
+def fingerprint(samples):
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()[:16]
+
+
+def write_text(file, text):
+    """Write a text file whole: under a temporary name, then renamed."""
+    with open(f"{file}.tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(f"{file}.tmp", file)
+
+
+def read_json(file):
+    try:
+        with open(file, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        raise BadInput(f"{file}: no such file; a model folder needs it") from None
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{file}: not readable as JSON ({e}); download it again") from None
+
+
+def read_config(folder):
+    """The GPTConfig of a Hugging Face folder; BadInput names the key that is not StarCoder's."""
+    if not os.path.isdir(folder):
+        raise BadInput(f"{folder}: no such model folder")
+    file = os.path.join(folder, "config.json")
+    config = read_json(file)
+    needed = {"model_type": "gpt_bigcode", "multi_query": True, "scale_attn_weights": True,
+              "tie_word_embeddings": True, "activation_function": "gelu_pytorch_tanh"}
+    for key, value in needed.items():
+        if config.get(key, None if key == "model_type" else value) != value:
+            raise BadInput(f"{file}: {key} is {config.get(key)!r}, but only {value!r} is supported")
+    config.setdefault("n_inner", None)
+    fields = {key: config[key] for key in GPTConfig.__dataclass_fields__ if key in config}
+    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        if not isinstance(fields.get(key), int) or fields[key] < 1:
+            raise BadInput(f"{file}: {key} is {fields.get(key)!r}, but must be a positive whole number")
+    if fields["n_inner"] is None:
+        fields["n_inner"] = 4 * fields["n_embd"]
+    return GPTConfig(**fields)
+
+
+def stored_tensors(folder):
+    """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        file = os.path.join(folder, f"{stem}.{ending}")
+        index = f"{file}.index.json"
+        if os.path.exists(file):
+            files = [file]
+        elif os.path.exists(index):
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            files = [os.path.join(folder, os.path.basename(shard)) for shard in shards]
+        else:
+            continue
+        for shard in files:
+            if not os.path.exists(shard):
+                raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")
+        for shard in files:
+            try:
+                if ending == "bin":
+                    tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+                    yield from ((shard, name, tensor) for name, tensor in tensors.items())
+                else:
+                    with safe_open(shard, "pt") as f:
+                        for name in f.keys():
+                            yield shard, name, f.get_tensor(name)
+            except BadInput:
+                raise
+            except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as e:
+                reason = str(e).splitlines()[0]
+                raise BadInput(f"{shard}: truncated or not a weight file ({reason}); download it again"
+                               ) from e
+        return
+    raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
+FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
+
+class Tokenizer:
+    """The tokenizer of a model folder: tokenizer.json (StarCoder's, by `tokenizers`) or
+    tokenizer.model (the embedded model's, by `sentencepiece`). decode(encode(text)) == text.
+
+    eos_id: <|endoftext|>. fim_ids: the ids of FIM_TOKENS, or None.
+    """
+
+    def __init__(self, folder):
+        self.files = [f for f in (os.path.join(folder, name) for name in
+                                  ("tokenizer.json", "tokenizer.model")) if os.path.isfile(f)]
+        if not self.files:
+            raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
+        try:
+            if self.files[0].endswith(".json"):
+                from tokenizers import Tokenizer as HFTokenizer
+                self.hf, self.sp = HFTokenizer.from_file(self.files[0]), None
+            else:
+                from sentencepiece import SentencePieceProcessor
+                self.hf, self.sp = None, SentencePieceProcessor(model_file=self.files[0])
+        except Exception as e:  # tokenizers raises plain Exception
+            raise BadInput(f"{self.files[0]}: not a readable tokenizer ({e})") from e
+        self.eos_id = self.token_id("<|endoftext|>")
+        if self.eos_id is None:
+            raise BadInput(f"{self.files[0]}: has no <|endoftext|> token")
+        fim_ids = [self.token_id(token) for token in FIM_TOKENS]
+        self.fim_ids = None if None in fim_ids else fim_ids
+
+    def token_id(self, token):
+        if self.hf:
+            return self.hf.token_to_id(token)
+        i = self.sp.piece_to_id(token)
+        return None if i == self.sp.unk_id() else i
+
+    @property
+    def vocab_size(self):
+        return self.hf.get_vocab_size() if self.hf else self.sp.vocab_size()
+
+    def encode(self, text):
+        """text -> list of ids, no special token added."""
+        if self.hf:
+            return self.hf.encode(text, add_special_tokens=False).ids
+        # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
+        low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        first, *rest = (self.sp.encode(part) for part in text.split("▁"))
+        return first + [i for part in rest for i in low_line + part]
+
+    def decode(self, ids):
+        """list of ids -> text; bytes that are no UTF-8 become U+FFFD."""
+        ids = list(ids)
+        return self.hf.decode(ids, skip_special_tokens=False) if self.hf else self.sp.decode(ids)
+
+    def save(self, folder):
+        """Copy the tokenizer's file into another model folder."""
+        for file in self.files:
+            if not os.path.exists(os.path.join(folder, os.path.basename(file))):
+                shutil.copy(file, folder)
