@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
@@ -245,7 +246,7 @@ class GPT(nn.Module):
         file = os.path.join(folder, "model.safetensors")
         save_file(tensors, file + ".tmp", {"format": "pt"})
         os.replace(file + ".tmp", file)
-        write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2) + "\n")
+        write_json(os.path.join(folder, "config.json"), config)
 
 
 def sample(tensor):
@@ -260,13 +261,6 @@ def fingerprint(samples):
     for name in sorted(samples):
         digest.update(name.encode() + samples[name])
     return digest.hexdigest()[:16]
-
-
-def write_text(file, text):
-    """Write a text file whole: under a temporary name, then renamed."""
-    with open(f"{file}.tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    os.replace(f"{file}.tmp", file)
 
 
 def read_json(file):
@@ -395,3 +389,51 @@ class Tokenizer:
         for file in self.files:
             if not os.path.exists(os.path.join(folder, os.path.basename(file))):
                 shutil.copy(file, folder)
+
+
+# ------------------------------------------------------------------------- what every script shares
+
+EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
+
+
+def add_common_flags(parser, dtypes):
+    """--weights, --device, --dtype, --seed and --json, with the same meaning in every script."""
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--weights", metavar="FOLDER", default=EMBEDDED,
+                        help="base model, a Hugging Face folder (default: the embedded one)")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
+                        help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
+
+
+def get_device(name):
+    """"cpu", "cuda", "cuda:1" -> torch.device; BadInput where this machine has no such device."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise BadInput(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    return torch.device(name)
+
+
+def write_json(file, value):
+    """Write a JSON file whole: under a temporary name, then renamed."""
+    try:
+        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+        os.replace(f"{file}.tmp", file)
+    except OSError as e:
+        raise BadInput(f"{file}: cannot be written ({e.strerror})") from None
+
+
+def run_main(main):
+    """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130."""
+    try:
+        main()
+    except BadInput as e:
+        print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

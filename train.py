@@ -30,9 +30,8 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput
-from model import GPT, GPTConfig, Tokenizer, write_text
+from model import EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, run_main, write_json
 
-EMBEDDED = Path(__file__).parent / "base"
 # flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
 # measured better on the embedded one (README).
 LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "none": 2e-3}
@@ -217,7 +216,7 @@ def load_checkpoint(file):
 def train(args):
     """Run one training as `parse_args` describes it; returns the report that --json writes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
+    device = get_device(args.device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -394,7 +393,7 @@ def train(args):
             weights = f"--weights {shlex.quote(args.weights)} " if args.weights else ""
             hint = f"{weights}--adapter {shlex.quote(file)}"
         for file in {str(out / "log.json"), args.json} - {None}:
-            write_text(file, json.dumps(report, indent=1) + "\n")
+            write_json(file, report)
         say(f"held-out loss {before:.4f} -> {after:.4f} nats/token, "
             f"{bits_per_byte(before):.4f} -> {bits_per_byte(after):.4f} bits/byte\n"
             f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
@@ -434,7 +433,6 @@ def parse_args(argv=None):
     add("--targets", nargs="+", help="c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, or all "
         "(default: c_attn; ia3: c_attn mlp.c_proj)")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
-    add("--weights", metavar="FOLDER", help="base model, a Hugging Face folder (default: the embedded one)")
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
@@ -452,15 +450,13 @@ def parse_args(argv=None):
     add("--n-head", type=int, default=4)
     add("--n-embd", type=int, default=256)
     add("--vocab-size", type=int, default=4096)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["float32", "bfloat16"], help="of matmuls (default: bfloat16 on cuda)")
     add("--compile", action="store_true", help="torch.compile")
     add("--gradient-checkpointing", action="store_true")
-    add("--seed", type=int, default=0)
     add("--out", help="folder (default: out/ADAPTER-rRANK)")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    add("--json", metavar="FILE", help="write the report there too")
     add("--plot", nargs="+", metavar="JSON", help="no training: draw these runs' held-out losses into --out PNG")
+    add_common_flags(parser, dtypes=["float32", "bfloat16"])
+    parser.set_defaults(weights=None)  # none without --weights starts from scratch
     args = parser.parse_args(argv)
     for flag in ("rank", "steps", "batch_size", "grad_accum", "block_size", "eval_tokens"):
         if getattr(args, flag) < 1:
@@ -470,7 +466,6 @@ def parse_args(argv=None):
     args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     rank = f"-r{args.rank}" if args.adapter in ("flora", "lora") else ""
     args.out = args.out or f"out/{args.adapter}{rank}"
     return args
@@ -478,20 +473,14 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.plot:
+        return plot(args.plot, args.out)
     try:
-        if args.plot:
-            plot(args.plot, args.out)
-        else:
-            train(args)
-    except BadInput as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        train(args)
     except FloatingPointError as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
