@@ -241,6 +241,10 @@ def train(args):
                        "to go on with it, or choose another --out")
     else:
         checkpoint = None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {out}: cannot be made a folder ({e.strerror})") from None
 
     # Data and model
     files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
@@ -254,8 +258,7 @@ def train(args):
     from_scratch = args.adapter == "none" and not args.weights
     folder = out if from_scratch else Path(args.weights or EMBEDDED)
     if from_scratch:
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
+        if rank == 0 and not checkpoint:
             train_tokenizer(train_texts, out / "tokenizer.model", args.vocab_size)
         if world > 1:
             dist.barrier()
@@ -319,9 +322,8 @@ def train(args):
     ids = None if adapter_id is None else torch.full((part.stop - part.start,), adapter_id, device=device)
 
     # Training
-    interrupted = torch.zeros(1, device=device)
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.fill_(1))
-    out.mkdir(parents=True, exist_ok=True)
+    asked_to_stop, interrupted = torch.zeros(1), False
+    previous = signal.signal(signal.SIGINT, lambda *_: asked_to_stop.fill_(1))
     start, losses, tokens_timed, seconds_timed = time.time(), [], 0, 0.0
     bar = tqdm(total=args.steps, initial=step, disable=rank > 0, desc=args.adapter, unit="step")
     while step < args.steps and not interrupted:
@@ -337,22 +339,22 @@ def train(args):
                     micro_loss = loss_of(step_model, x, y, ids) / args.grad_accum
                 micro_loss.backward()
             loss += micro_loss.detach()
-        if world > 1:  # the loss of the global batch, and an interrupt for all if for one
-            both = torch.cat([loss / world, interrupted])
-            dist.all_reduce(both)
-            loss, interrupted = both[:1], interrupted.copy_(both[1:])
-        if not torch.isfinite(loss):
+        state = torch.cat([loss / world, asked_to_stop.to(device)])
+        if world > 1:  # the loss of the global batch; and where one process was interrupted, all stop
+            dist.all_reduce(state)
+        loss, interrupted = state[0].item(), bool(state[1] > 0)
+        if not math.isfinite(loss):
             kept = f"the checkpoint of step {log[-1]['step']} is kept in {checkpoint_file}" \
                 if checkpoint_file.exists() else "no checkpoint was written yet"
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}; {kept}; lower --lr")
+            raise FloatingPointError(f"the loss is {loss} at step {step + 1}; {kept}; lower --lr")
         torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
+        losses.append(loss)
         step += 1
         tokens_timed, seconds_timed = tokens_timed + tokens_per_step, seconds_timed + time.time() - tick
         bar.update()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", heldout=f"{log[-1]['heldout_loss']:.3f}",
+        bar.set_postfix(loss=f"{loss:.3f}", heldout=f"{log[-1]['heldout_loss']:.3f}",
                         tok_s=f"{tokens_timed / seconds_timed:.0f}")
         if step % args.eval_every == 0 or step == args.steps or interrupted:
             log.append(dict(step=step, loss=sum(losses) / len(losses), heldout_loss=evaluate(),
