@@ -375,7 +375,14 @@ def save_adapter(model, adapter_id, file, training=None):
                     training=training or {})
     tensors = {name: p.detach().contiguous().cpu()
                for name, p in adapter_parameters(model, adapter_id).items()}
-    save_file(tensors, f"{file}.tmp", {"flora_adapter": json.dumps(metadata)})
+    save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
+
+
+def save_tensors(tensors, file, metadata):
+    """Write a safetensors file whole: under a temporary name, then renamed."""
+    with open(f"{file}.tmp", "wb"):  # gives it the usual permissions; safetensors alone says 0600
+        pass
+    save_file(tensors, f"{file}.tmp", metadata)
     os.replace(f"{file}.tmp", file)
 
 

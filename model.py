@@ -9,18 +9,19 @@ Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, D = C / H.
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear, BadInput
+from flora import AdapterLinear, BadInput, save_tensors
 
 
 @dataclass
@@ -35,6 +36,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     eos_token_id: int = 0         # <|endoftext|>
+    activation_function: str = "gelu_pytorch_tanh"   # the 15B checkpoint says "gelu": the exact one
 
 
 PRESETS = {
@@ -42,7 +44,7 @@ PRESETS = {
     "starcoderbase-1b": GPTConfig(n_embd=2048, n_layer=24, n_head=16, n_inner=8192),
     "starcoderbase-3b": GPTConfig(n_embd=2816, n_layer=36, n_head=22, n_inner=11264),
     "starcoderbase-7b": GPTConfig(n_embd=4096, n_layer=42, n_head=32, n_inner=16384),
-    "starcoder": GPTConfig(),
+    "starcoder": GPTConfig(activation_function="gelu"),
 }
 
 
@@ -96,9 +98,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = AdapterLinear(config.n_embd, config.n_inner)
         self.c_proj = AdapterLinear(config.n_inner, config.n_embd)
+        self.approximate = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x, adapter_ids):
-        return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate="tanh"), adapter_ids)
+        return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate=self.approximate), adapter_ids)
 
 
 class Block(nn.Module):
@@ -240,12 +243,10 @@ class GPT(nn.Module):
         stored = tensors["transformer.wte.weight"].dtype
         config = asdict(self.config) | dict(
             model_type="gpt_bigcode", architectures=["GPTBigCodeForCausalLM"], multi_query=True,
-            activation_function="gelu_pytorch_tanh", scale_attn_weights=True,
+            scale_attn_weights=True,
             tie_word_embeddings=True, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
             bos_token_id=self.config.eos_token_id, torch_dtype=str(stored).removeprefix("torch."))
-        file = os.path.join(folder, "model.safetensors")
-        save_file(tensors, file + ".tmp", {"format": "pt"})
-        os.replace(file + ".tmp", file)
+        save_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
         write_json(os.path.join(folder, "config.json"), config)
 
 
@@ -266,11 +267,14 @@ def fingerprint(samples):
 def read_json(file):
     try:
         with open(file, encoding="utf-8") as f:
-            return json.load(f)
+            value = json.load(f)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
     except FileNotFoundError:
-        raise BadInput(f"{file}: no such file; a model folder needs it") from None
+        raise BadInput(f"{file}: no such file") from None
     except (OSError, ValueError) as e:
-        raise BadInput(f"{file}: not readable as JSON ({e}); download it again") from None
+        raise BadInput(f"{file}: not readable as JSON ({e})") from None
 
 
 def read_config(folder):
@@ -279,18 +283,18 @@ def read_config(folder):
         raise BadInput(f"{folder}: no such model folder")
     file = os.path.join(folder, "config.json")
     config = read_json(file)
-    needed = {"model_type": "gpt_bigcode", "multi_query": True, "scale_attn_weights": True,
-              "tie_word_embeddings": True, "activation_function": "gelu_pytorch_tanh"}
-    for key, value in needed.items():
-        if config.get(key, None if key == "model_type" else value) != value:
-            raise BadInput(f"{file}: {key} is {config.get(key)!r}, but only {value!r} is supported")
-    config.setdefault("n_inner", None)
-    fields = {key: config[key] for key in GPTConfig.__dataclass_fields__ if key in config}
-    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-        if not isinstance(fields.get(key), int) or fields[key] < 1:
-            raise BadInput(f"{file}: {key} is {fields.get(key)!r}, but must be a positive whole number")
-    if fields["n_inner"] is None:
+    supported = {"model_type": ["gpt_bigcode"], "multi_query": [True], "scale_attn_weights": [True],
+                 "tie_word_embeddings": [True], "activation_function": ["gelu_pytorch_tanh", "gelu"]}
+    for key, values in supported.items():
+        if config.get(key, None if key == "model_type" else values[0]) not in values:
+            raise BadInput(f"{file}: {key} is {config.get(key)!r}, but only "
+                           f"{' or '.join(map(repr, values))} is supported")
+    fields = {key: config[key] for key in GPTConfig.__dataclass_fields__ if config.get(key) is not None}
+    if "n_inner" not in fields and isinstance(fields.get("n_embd"), int):
         fields["n_inner"] = 4 * fields["n_embd"]
+    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+        if type(fields.get(key)) is not int or fields[key] < 1:
+            raise BadInput(f"{file}: {key} is {fields.get(key)!r}, but must be a positive whole number")
     return GPTConfig(**fields)
 
 
@@ -302,7 +306,10 @@ def stored_tensors(folder):
         if os.path.exists(file):
             files = [file]
         elif os.path.exists(index):
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise BadInput(f"{index}: has no weight_map; download it again")
+            shards = sorted(set(weight_map.values()))
             files = [os.path.join(folder, os.path.basename(shard)) for shard in shards]
         else:
             continue
@@ -312,16 +319,16 @@ def stored_tensors(folder):
         for shard in files:
             try:
                 if ending == "bin":
-                    tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=True)
+                    mmap = zipfile.is_zipfile(shard)  # files of torch before 1.6 are no zip
+                    tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=mmap)
                     yield from ((shard, name, tensor) for name, tensor in tensors.items())
                 else:
                     with safe_open(shard, "pt") as f:
                         for name in f.keys():
                             yield shard, name, f.get_tensor(name)
-            except BadInput:
-                raise
-            except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as e:
-                reason = str(e).splitlines()[0]
+            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+                    AttributeError) as e:
+                reason = (str(e) or type(e).__name__).splitlines()[0]
                 raise BadInput(f"{shard}: truncated or not a weight file ({reason}); download it again"
                                ) from e
         return

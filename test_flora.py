@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import flora
 import generate
@@ -23,21 +24,27 @@ from flora import BadInput
 from model import EMBEDDED, GPT, PRESETS, GPTConfig, Tokenizer, run_main
 
 HERE = Path(__file__).parent
+FIXTURES = HERE / "fixtures"
+TINY = FIXTURES / "tiny"   # a Hugging Face folder that fixtures/make_golden.py made
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU; the cpu case is the same check"))]
-TINY = GPTConfig(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=64)
+CONFIG = GPTConfig(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=64)
 MIXED = [("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
          ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"])]
 
 
-def tiny_model(seed=0):
+def random_model(config, seed=0):
     """Random and not near any symmetry: every weight, bias and LayerNorm gain matters."""
     torch.manual_seed(seed)
-    model = GPT(TINY)
+    model = GPT(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     return model
+
+
+def tiny_model(seed=0):
+    return random_model(CONFIG, seed)
 
 
 def random_adapter(model, kind, rank=1, targets=None, size=0.3):
@@ -231,7 +238,7 @@ def test_only_the_adapter_gets_gradients():
     adapter_id = flora.add_adapter(model, "flora", 2, ["all"])
     model(torch.randint(0, 300, (2, 9)), torch.tensor([1, 1])).sin().sum().backward()
     trained = flora.adapter_parameters(model, adapter_id)
-    assert len(trained) == 2 * 4 * TINY.n_layer
+    assert len(trained) == 2 * 4 * CONFIG.n_layer
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in {n.replace(".A", ".adapters.1.A").replace(
             ".B", ".adapters.1.B") for n in trained})
@@ -278,7 +285,6 @@ def test_adapters_keep_their_base_when_it_is_loaded_in_another_dtype(tmp_path):
 
 
 def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
-    from safetensors.torch import load_file, save_file
     model, good = tiny_model(), tmp_path / "good.safetensors"
     random_adapter(model, "flora", 2)
     flora.save_adapter(model, 1, good)
@@ -368,3 +374,482 @@ def test_presets_have_the_published_sizes():
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
         "tiny_starcoder_py": 164, "starcoderbase-1b": 1137, "starcoderbase-3b": 3043,
         "starcoderbase-7b": 7327, "starcoder": 15517}
+
+
+# -------------------------------------------- golden values: Hugging Face transformers 5.24, PEFT 0.21
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(FIXTURES / "golden.safetensors")
+
+
+@pytest.fixture
+def tiny():
+    return GPT.from_pretrained(TINY).requires_grad_(False)
+
+
+def add_peft(model, kind, golden):
+    """Add the adapter that `golden` holds under PEFT's keys; returns its id."""
+    adapter_id = flora.add_adapter(model, kind, rank=2, alpha=8)
+    prefix = f"{kind}:base_model.model."
+    stored = {key.removeprefix(prefix): t for key, t in golden.items() if key.startswith(prefix)}
+    for name, p in flora.adapter_parameters(model, adapter_id).items():
+        layer, part = name.rsplit(".", 1)
+        if kind == "lora":  # PEFT's lora_A [r, in] is our Bᵀ, its lora_B [out, r] our Aᵀ
+            p.data.copy_(stored.pop(f"{layer}.lora_{'A' if part == 'B' else 'B'}.weight").T)
+        else:
+            p.data.copy_(stored.pop(f"{layer}.ia3_l").flatten())
+    assert not stored  # PEFT adapts no projection that ours leaves out
+    return adapter_id
+
+
+def assert_close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_logits_equal_hugging_face(tiny, golden, flash):
+    tiny.set_attention(flash)
+    assert_close(tiny(golden["ids"]), golden["logits"])
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_greedy_of_a_ragged_batch_equals_hugging_face_one_by_one(tiny, golden, flash):
+    tiny.set_attention(flash)
+    prompts = [row[:n] for row, n in zip(golden["ids"].tolist(), golden["lengths"].tolist())]
+    assert len(set(map(len, prompts))) == 3
+    assert generate.generate(tiny, prompts, max_new_tokens=12) == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_adapter_equals_peft(tiny, golden, kind):
+    ids, theirs = golden["ids"], golden[f"{kind}_logits"]
+    shown = theirs.shape[1]
+    assert (theirs - golden["logits"][:, -shown:]).abs().max() > 1  # the adapter is no identity
+    adapter_id = add_peft(tiny, kind, golden)
+    per_example = torch.full((len(ids),), adapter_id)
+    for path in ("expand", "materialise"):
+        for _, layer in flora.adapter_layers(tiny):
+            layer.path = path
+        assert_close(tiny(ids, per_example)[:, -shown:], theirs)
+        assert_close(tiny(ids, per_example[:, None].expand_as(ids))[:, -shown:], theirs)
+    flora.merge_adapter(tiny, adapter_id)
+    assert_close(tiny(ids)[:, -shown:], theirs)
+
+
+def test_mixed_batch_equals_hugging_face_and_peft_row_by_row(tiny, golden):
+    lora, ia3 = add_peft(tiny, "lora", golden), add_peft(tiny, "ia3", golden)
+    flora.freeze_bank(tiny)
+    adapter_ids = torch.tensor([ia3, flora.BASE, lora] * 3)
+    shown = golden["ia3_logits"].shape[1]
+    ours = tiny(golden["ids"].repeat_interleave(3, 0), adapter_ids)[:, -shown:].unflatten(0, (3, 3))
+    assert_close(ours[:, 0], golden["ia3_logits"])
+    assert_close(ours[:, 1], golden["logits"][:, -shown:])
+    assert_close(ours[:, 2], golden["lora_logits"])
+
+
+def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (tmp_path, TINY))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
+
+
+# ---------------------------------------------------------------------------- folders of weights
+
+
+def test_folders_round_trip_whole_sharded_and_as_bin(tmp_path):
+    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+    model.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names, wanted = sorted(tensors), model(ids)
+
+    def loads():
+        loaded = GPT.from_pretrained(tmp_path)
+        return torch.equal(loaded(ids), wanted) and loaded.fingerprint == model.fingerprint
+
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert loads()
+    (tmp_path / "pytorch_model.bin").unlink()
+    weight_map = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({n: tensors[n] for n in names if weight_map[n] == shard}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {"lm_head.weight": "model-1.safetensors"}}))
+    assert loads()
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(BadInput, match="model-2.safetensors: this shard, named in .*index.json, is missing"):
+        loads()
+
+
+def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tensors = load_file(tmp_path / "model.safetensors")
+
+    def refused(sentence, tensors=tensors, **changes):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(BadInput, match=sentence):
+            GPT.from_pretrained(tmp_path)
+
+    name = "transformer.h.1.mlp.c_fc.bias"
+    refused("config.json: model_type is 'llama', but only 'gpt_bigcode'", model_type="llama")
+    refused("config.json: multi_query is False, but only True", multi_query=False)
+    refused("config.json: activation_function is 'relu'", activation_function="relu")
+    refused("config.json: n_layer is 0, but must be a positive whole number", n_layer=0)
+    refused("n_embd 32 is not a multiple of n_head 5", n_head=5)
+    refused(f"tensor {name} is missing", tensors={k: v for k, v in tensors.items() if k != name})
+    refused("unexpected tensor extra", tensors=tensors | {"extra": torch.ones(1)})
+    refused(f"{name} has shape .3., but config.json needs .64.", tensors=tensors | {name: torch.ones(3)})
+    (tmp_path / "config.json").write_text(json.dumps(config)[:-9])
+    with pytest.raises(BadInput, match="config.json: not readable as JSON"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(BadInput, match="model.safetensors: truncated or not a weight file"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="holds neither model.safetensors nor pytorch_model.bin"):
+        GPT.from_pretrained(tmp_path)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:-100])
+    with pytest.raises(BadInput, match="pytorch_model.bin: truncated or not a weight file"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(BadInput, match="config.json: no such file"):
+        GPT.from_pretrained(tmp_path)
+    with pytest.raises(BadInput, match="nowhere: no such model folder"):
+        GPT.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="holds neither tokenizer.json nor tokenizer.model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a tokenizer")
+    with pytest.raises(BadInput, match="tokenizer.model: not a readable tokenizer"):
+        Tokenizer(tmp_path)
+
+
+CODE = "def f(x):\n\t  return x  # é ▁▁ 漢字 🙂\r\n\n    if x == 10:\n        pass\x00 \n   \n<|endoftext|>\n"
+
+
+def test_embedded_tokenizer_round_trips_code_exactly():
+    tokenizer = Tokenizer(EMBEDDED)
+    for text in [CODE, "", " ", "\n", Path(train.__file__).read_text(encoding="utf-8")]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_id == 0 and 0 not in tokenizer.encode(CODE)
+
+
+@pytest.mark.parametrize("text", [
+    "def add(self, other):\n    return self.items[10] + other\n",
+    "\tif x:\r\n\t\ty  =  2024   \n\n   \n", " leading", "trailing \t ", "",
+    "s = 'Grüße, 世界 🎉 e\u0301 \u00a0'", "<fim_prefix>a<|endoftext|> b", "\x00\x7f\u2581",
+])
+def test_tokenizer_json_round_trip(text):
+    tokenizer = Tokenizer(TINY)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < 300 for i in ids)
+
+
+def test_tokenizer_json_special_tokens():
+    tokenizer = Tokenizer(TINY)
+    assert tokenizer.vocab_size == 300
+    assert tokenizer.eos_id == 0
+    assert tokenizer.fim_ids == [1, 3, 2]  # prefix, suffix, middle: the order of a FIM prompt
+    one, zero = tokenizer.encode("10")  # every digit a token, as in StarCoder
+    assert tokenizer.encode("<fim_prefix>1<fim_suffix>0<fim_middle>") == [1, one, 3, zero, 2]
+    assert len(tokenizer.encode("    return")) == 2  # merges apply
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny random model with the embedded tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = GPTConfig(vocab_size=4096, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=64)
+    random_model(config).save_pretrained(folder)
+    Tokenizer(EMBEDDED).save(folder)
+    return folder
+
+
+HEADERS = str(Path(torch.__file__).parent / "include" / "c10" / "util" / "*.h")
+
+
+def tiny_flags(tiny_folder, out, *flags):
+    return [str(f) for f in ("--weights", tiny_folder, "--data", HEADERS, "--steps", 40, "--block-size", 32,
+                             "--eval-every", 10, "--eval-tokens", 500, "--out", out, *flags)]
+
+
+def run_train(*args):
+    return train.train(train.parse_args(tiny_flags(*args)))
+
+
+def losses(report):
+    return [(p["step"], p["loss"], p["heldout_loss"]) for p in report["log"]]
+
+
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "none"])
+def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(kind, tiny_folder, tmp_path):
+    flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02] if kind != "none" else ["--adapter", kind]
+    one, two = (run_train(tiny_folder, tmp_path / name, *flags) for name in "ab")
+    assert losses(one) == losses(two)
+    assert one["heldout_loss_after"] < one["heldout_loss_before"] - 0.01
+    bits = one["heldout_loss_after"] * one["heldout_tokens"] / np.log(2)
+    assert one["heldout_bpb_after"] == pytest.approx(bits / one["heldout_bytes"])
+    assert {"adapter", "rank", "targets", "steps", "heldout_bpb_before", "trainable_parameters",
+            "total_parameters", "tokens_per_second", "seconds", "adapter_file"} <= one.keys()
+    if kind == "none":
+        model = GPT.from_pretrained(tmp_path / "a")
+        assert Tokenizer(tmp_path / "a").vocab_size == 4096 and one["adapter_file"] is None
+        assert one["trainable_parameters"] == one["total_parameters"]
+    else:
+        model = GPT.from_pretrained(tiny_folder)
+        saved = flora.adapter_parameters(model, flora.load_adapter(model, one["adapter_file"]))
+        assert sum(p.numel() for p in saved.values()) == one["trainable_parameters"]
+
+
+def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
+    args = train.parse_args(["--adapter", "none", "--data", HEADERS, "--steps", "3", "--block-size", "32",
+                             "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "500",
+                             "--eval-tokens", "500", "--out", str(tmp_path / "base")])
+    report = train.train(args)
+    model, tokenizer = GPT.from_pretrained(tmp_path / "base"), Tokenizer(tmp_path / "base")
+    assert model.config.n_layer == 1 and tokenizer.vocab_size == 500
+    assert report["total_parameters"] == sum(p.numel() for p in model.parameters())
+    assert len(generate.generate(model, [tokenizer.encode("int x")], max_new_tokens=5)[0]) == 5
+
+
+def start_train(*args, launcher=()):
+    return subprocess.Popen([sys.executable, *launcher, str(HERE / "train.py"), *tiny_flags(*args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, tiny_folder, tmp_path):
+    flags = ["--steps", 300, "--rank", 2]
+    process = start_train(tiny_folder, tmp_path / "cut", *flags)
+    while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(how)
+    printed = process.communicate()[0]
+    step = train.load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
+    assert 10 <= step < 300 and "Traceback" not in printed
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    if how == signal.SIGINT:
+        assert f"interrupted at step {step}; go on with:" in printed and "--resume" in printed
+    with pytest.raises(BadInput, match=f"is an unfinished run at step {step}; add --resume"):
+        run_train(tiny_folder, tmp_path / "cut", *flags)
+    with pytest.raises(BadInput, match="was made with --seed 0, not 5; give the same flags"):
+        run_train(tiny_folder, tmp_path / "cut", *flags, "--resume", "--seed", 5)
+    resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
+    whole = run_train(tiny_folder, tmp_path / "whole", *flags)
+    assert losses(whole)[-1] == pytest.approx(losses(resumed)[-1], abs=1e-6)
+    assert [p for p in losses(resumed) if p[0] < step] == pytest.approx(
+        [p for p in losses(whole) if p[0] < step], abs=1e-6) or how == signal.SIGKILL
+
+
+@pytest.mark.parametrize("kind", ["flora", "none"])
+def test_two_processes_give_the_losses_of_one(kind, tiny_folder, tmp_path):
+    flags = ["--adapter", kind, "--grad-accum", 2, "--steps", 20]
+    process = start_train(tiny_folder, tmp_path / "two", *flags, launcher=(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    two = json.loads((tmp_path / "two" / "log.json").read_text())
+    one = run_train(tiny_folder, tmp_path / "one", *flags)
+    for a, b in zip(two["log"], one["log"], strict=True):
+        assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], abs=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "learning_rate", lambda step, args: 1e-3 if step < 20 else 1e30)
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags(tiny_folder, tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        run_main(train.main)
+    assert exit.value.code == 1
+    assert re.search(r"loss is (nan|inf) at step 2[12]; the last good checkpoint is kept in .*checkpoint.pt; "
+                     "lower --lr", capsys.readouterr().err)
+    checkpoint = train.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert checkpoint["step"] == 20 and all(t.isfinite().all() for t in checkpoint["trained"].values())
+
+
+def test_data_is_deduplicated_and_whole_files_are_held_out(tmp_path):
+    folder = tmp_path / "code"
+    (folder / ".git").mkdir(parents=True)
+    body = "int {0}_add(int a) {{\n  return a + 1;\n}}\nint {0}_sub(int a) {{\n  return a - 2;\n}}\n"
+    for name in ("one", "two", "three"):                        # generated: a name differs
+        (folder / f"{name}.h").write_text(body.format(name))
+    for i in range(40):
+        (folder / f"f{i}.h").write_text("".join(f"word{i} " * (1 + (i * j) % 7) + ";\n" for j in range(12)))
+    (folder / "binary.h").write_bytes(b"\x00\x01\xff")
+    (folder / "latin1.h").write_bytes("é".encode("latin-1"))
+    (folder / "empty.h").write_text("")
+    (folder / "notes.txt").write_text("not code")
+    (folder / ".git" / "hidden.h").write_text("hidden")
+    files = train.find_files([str(folder)], [".h"])
+    assert len(files) == 46 and files == train.find_files([str(folder / "*.h")]) and files == sorted(files)
+    texts, skipped = train.read_texts(files)
+    assert (len(texts), skipped) == (43, 3)
+    distinct = train.drop_near_duplicates(texts)
+    assert sum("_add" in text for text in distinct) == 1
+    training, held = train.split(distinct)
+    assert not set(training) & set(held) and sorted(training + held) == sorted(distinct) and held
+    tokenizer = Tokenizer(EMBEDDED)
+    x, y, size = train.heldout_blocks(held, tokenizer, 16, 10**9)
+    assert size == sum(len(t.encode()) for t in held)
+    assert int((y != -100).sum()) == sum(len(tokenizer.encode(t)) for t in held)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+def run_script(main, argv, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+    run_main(main)
+
+
+@pytest.fixture(scope="session")
+def embedded_adapters(tmp_path_factory):
+    """Six adapters of the embedded base model, far from it: {name: file}, none included."""
+    folder, model = tmp_path_factory.mktemp("adapters"), GPT.from_pretrained(EMBEDDED)
+    torch.manual_seed(0)
+    files = {"none": "none"}
+    for name, kind, rank, size in [("flora1", "flora", 1, 0.2), ("flora4", "flora", 4, 0.2), ("lora8", "lora", 8, 0.02),
+                                   ("ia3", "ia3", 1, 0.3), ("other", "flora", 1, 0.3)]:
+        files[name] = str(folder / f"{name}.safetensors")
+        flora.save_adapter(model, random_adapter(model, kind, rank, size=size), files[name])
+    return files
+
+
+@pytest.mark.parametrize("names", [["flora1", "other"], ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
+def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_alone(
+        names, embedded_adapters, tmp_path, monkeypatch):
+    """The whole command line, on the embedded model: six rows mix FLoRA ranks 1 and 4, LoRA, IA3, none."""
+    prompts = ["def fibonacci(n):", "import os\n\nclass A(object):\n    def", "#include", "for i in", "x = [", "    return"]
+    pairs = list(zip(prompts, [embedded_adapters[name] for name in names]))
+
+    def tokens(pairs):
+        argv = ["generate.py", "--max-new-tokens", 24, "--json", tmp_path / "out.json"]
+        for prompt, adapter in pairs:
+            argv += ["--prompt", prompt, "--adapter", adapter]
+        run_script(generate.main, argv, monkeypatch)
+        return [row["tokens"] for row in json.loads((tmp_path / "out.json").read_text())]
+
+    together = tokens(pairs)
+    assert together == [tokens([pair])[0] for pair in pairs]
+    base = tokens([(prompt, "none") for prompt, _ in pairs])
+    assert all((a != b) == (pair[1] != "none") for a, b, pair in zip(together, base, pairs))
+
+
+def test_generate_reads_files_and_standard_input_and_stops_where_told(tiny_folder, tmp_path, monkeypatch, capsys):
+    import io
+    (tmp_path / "p.txt").write_text("def f")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("class A"))
+    common = ["generate.py", "--weights", tiny_folder, "--json", tmp_path / "o.json", "--max-new-tokens", 12]
+    run_script(generate.main, [*common, "--prompt-file", tmp_path / "p.txt", "--prompt-file", "-"], monkeypatch)
+    rows = json.loads((tmp_path / "o.json").read_text())
+    printed = capsys.readouterr()
+    assert [row["prompt"] for row in rows] == ["def f", "class A"]
+    assert [len(row["tokens"]) for row in rows] == [12, 12]
+    shown = {i: "\n".join(re.findall(rf"^\[{i}\] (.*)$", printed.out, re.M)) for i in (1, 2)}
+    assert shown[1].strip() == ("def f" + rows[0]["text"]).strip()
+    assert re.search(r"24 tokens in .* s: .* tokens/s, batch 2", printed.err)
+    stop = rows[0]["text"][8:12]
+    run_script(generate.main, [*common, "--prompt", "def f", "--stop", stop], monkeypatch)
+    row = json.loads((tmp_path / "o.json").read_text())[0]
+    assert row["text"] == rows[0]["text"][:rows[0]["text"].index(stop)]
+    assert row["tokens"] == rows[0]["tokens"][:len(row["tokens"])] and len(row["tokens"]) < 12
+    assert capsys.readouterr().out == "def f" + row["text"] + "\n"
+
+
+def test_generation_ends_after_end_of_text_and_at_the_end_of_the_context():
+    model = tiny_model()
+    free = generate.generate(model, [[5, 6], [9] * 40], max_new_tokens=100)
+    assert [len(row) for row in free] == [46, 8]
+    eos = free[0][4]
+    ended = generate.generate(model, [[5, 6], [9] * 40], max_new_tokens=100, eos_id=eos)
+    assert ended[0] == free[0][:free[0].index(eos) + 1]
+    with pytest.raises(BadInput, match="a prompt has 49 tokens, more than the model's context of 48"):
+        generate.generate(model, [[1] * 49])
+
+
+def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+
+    def shares(temperature=1.0, top_k=0, top_p=1.0):
+        n = len(u)
+        picked = generate.sample(logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_k),
+                                 torch.full((n,), top_p), u)
+        return torch.bincount(picked, minlength=4) / n
+
+    probs = logits[0].softmax(-1)
+    assert torch.allclose(shares(), probs, atol=0.01)
+    assert torch.allclose(shares(temperature=0.5), (2 * logits[0]).softmax(-1), atol=0.01)
+    assert torch.allclose(shares(top_k=2), torch.tensor([*probs[:2] / probs[:2].sum(), 0, 0]), atol=0.01)
+    assert torch.allclose(shares(top_p=0.7), torch.tensor([*probs[:2] / probs[:2].sum(), 0, 0]), atol=0.01)
+    assert shares(temperature=0.0)[0] == 1 and shares(top_p=1e-6)[0] == 1
+    model, prompts = tiny_model(), [[5], [7, 8, 9], [1, 2]]
+    settings = dict(max_new_tokens=20, temperature=1.0, top_k=50)
+    together = generate.generate(model, prompts, seed=3, **settings)
+    assert together[0] == generate.generate(model, prompts[:1], seed=3, **settings)[0]
+    assert together[2] == generate.generate(model, prompts[2:], seed=5, **settings)[0]  # row 2 of seed 3
+    assert together != generate.generate(model, prompts, seed=4, **settings)
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("script,flags,sentence", [
+    ("train", "--rank 0", "--rank is 0; use a whole number of at least 1"),
+    ("train", "--data {empty}", "--data holds 0 distinct readable text files"),
+    ("train", "--data {empty}/none*.h", "none*.h: no such file, folder or glob match"),
+    ("train", "--targets wq", "unknown target 'wq'; use one of c_attn, c_attn.qk"),
+    ("train", "--block-size 65", "--block-size 65 is more than the model's context of 64"),
+    ("train", "--weights {empty}", "config.json: no such file"),
+    ("train", "--data {short} --block-size 64", "fewer than --block-size 64; give more files"),
+    ("train", "--device tpu", "--device tpu: not usable here"),
+    ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
+    ("train", "--plot {short}/a.h", "a.h: not readable as JSON"),
+    ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
+    ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),
+    ("generate", "--prompt a --adapter {empty}/x", "x: no such adapter file"),
+    ("generate", "--prompt a --adapter {flora1}", "was trained on another base model"),
+    ("generate", "--prompt a --suffix b", "has no fill-in-the-middle tokens"),
+    ("generate", "--prompt {long}", "tokens, more than the model's context of 64 (n_positions); shorten it"),
+    ("generate", "--prompt-file {empty}/x", "not readable as UTF-8 text"),
+    ("generate", "--prompt a --temperature -1", "--temperature and --top-k must be at least 0"),
+    ("generate", "--prompt a --json {empty}/no/x.json", "x.json: cannot be written"),
+])
+def test_bad_input_is_one_sentence_and_exit_status_2(
+        script, flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    for name in "abc":
+        (tmp_path / "short" / f"{name}.h").write_text(f"int {name};")
+    words = dict(empty=tmp_path / "empty", short=tmp_path / "short", long="x," * 40, flora1=embedded_adapters["flora1"])
+    flags = [flag.format(**words) for flag in flags.split()]
+    if script == "train":
+        flags = tiny_flags(tiny_folder, tmp_path / "out") + flags
+    else:
+        flags = ["--weights", str(tiny_folder)] + flags
+    with pytest.raises(SystemExit) as exit:
+        run_script(getattr(sys.modules[script], "main"), [f"{script}.py", *flags], monkeypatch)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert sentence in printed.err.splitlines()[-1] and f"{script}.py: error: " in printed.err.splitlines()[-1]
+
+
+def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tmp_path, monkeypatch):
+    tokenizer, text = Tokenizer(tiny_folder), "x," * 40 + "y"
+    run_script(generate.main, ["generate.py", "--weights", tiny_folder, "--prompt", text, "--truncate",
+                               "--max-new-tokens", 4, "--json", tmp_path / "o.json"], monkeypatch)
+    alone = generate.generate(GPT.from_pretrained(tiny_folder), [tokenizer.encode(text)[-60:]], max_new_tokens=4)
+    assert json.loads((tmp_path / "o.json").read_text())[0]["tokens"] == alone[0]

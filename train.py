@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import glob
 import hashlib
-import json
 import math
 import os
 import re
@@ -30,7 +29,8 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput
-from model import EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, run_main, write_json
+from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, read_json, run_main,
+                   write_json)
 
 # flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
 # measured better on the embedded one (README).
@@ -303,6 +303,12 @@ def train(args):
     def evaluate():
         return heldout_loss(model, x_held, y_held, adapter_id, autocast, device) if rank == 0 else 0.0
 
+    def check_finite(name, value, step):
+        if not math.isfinite(value):
+            kept = f"the last good checkpoint is kept in {checkpoint_file}" \
+                if checkpoint_file.exists() else "no checkpoint was written yet"
+            raise FloatingPointError(f"the {name} is {value} at step {step}; {kept}; lower --lr")
+
     step, log, seconds_before = 0, [], 0.0
     if checkpoint:
         step, log = checkpoint["step"], checkpoint["log"]
@@ -343,10 +349,7 @@ def train(args):
         if world > 1:  # the loss of the global batch; and where one process was interrupted, all stop
             dist.all_reduce(state)
         loss, interrupted = state[0].item(), bool(state[1] > 0)
-        if not math.isfinite(loss):
-            kept = f"the checkpoint of step {log[-1]['step']} is kept in {checkpoint_file}" \
-                if checkpoint_file.exists() else "no checkpoint was written yet"
-            raise FloatingPointError(f"the loss is {loss} at step {step + 1}; {kept}; lower --lr")
+        check_finite("loss", loss, step + 1)
         torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -359,6 +362,7 @@ def train(args):
         if step % args.eval_every == 0 or step == args.steps or interrupted:
             log.append(dict(step=step, loss=sum(losses) / len(losses), heldout_loss=evaluate(),
                             seconds=seconds_before + time.time() - start))
+            check_finite("held-out loss", log[-1]["heldout_loss"], step)
             losses = []
             if rank == 0:
                 save_checkpoint(checkpoint_file, step, trained, optimizer, log, args)
@@ -414,8 +418,9 @@ def plot(json_files, png):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6, 4))
     for file in json_files:
-        with open(file, encoding="utf-8") as f:
-            run = json.load(f)
+        run = read_json(file)
+        if "log" not in run:
+            raise BadInput(f"--plot {file}: not a --json report of train.py")
         label = run["adapter"] + (f" rank {run['rank']}" if run["adapter"] in ("flora", "lora") else "")
         axes.plot([p["step"] for p in run["log"]], [p["heldout_loss"] for p in run["log"]], "o-",
                   ms=3, label=f"{label}, {run['trainable_parameters']:,} parameters")
