@@ -293,7 +293,7 @@ def train(args):
     tokens_per_step = args.batch_size * args.grad_accum * args.block_size
     tokens = np.concatenate(encode_texts(train_texts, tokenizer, args.steps * tokens_per_step))
     if len(tokens) <= args.block_size:
-        raise BadInput(f"--data holds only {len(tokens)} training tokens, fewer than --block-size "
+        raise BadInput(f"--data holds {len(tokens)} training tokens, fewer than --block-size "
                        f"{args.block_size}; give more files or a smaller block")
     x_held, y_held, held_bytes = heldout_blocks(heldout_texts, tokenizer, args.block_size, args.eval_tokens)
     held_tokens = int((y_held != -100).sum())
