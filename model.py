@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear, BadInput, save_tensors
+from flora import AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, save_tensors
 
 
 @dataclass
@@ -126,6 +126,7 @@ class GPT(nn.Module):
             raise BadInput(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
         self.gradient_checkpointing = False   # recompute each block in backward, to save memory
+        self.packed = None                    # flora.PackedCopies once it serves on a CPU
         self._fingerprint = None
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -159,7 +160,7 @@ class GPT(nn.Module):
 
     def lm_head(self, x):
         """x [..., C] -> logits [..., vocab_size], by the tied input embedding."""
-        return F.linear(x, self.transformer.wte.weight)
+        return matmul(x, packed_columns(self.transformer.wte.weight, self.packed))
 
     def forward(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """ids int64 [B, T] -> logits [B, T, vocab_size], in the model's dtype.
@@ -182,6 +183,15 @@ class GPT(nn.Module):
         """Choose F.scaled_dot_product_attention (True) or plain math (False), as `attend` explains."""
         for block in self.transformer.h:
             block.attn.flash = flash
+
+    def pack(self):
+        """Serve with packed weights where that is faster (flora.matmul): on a CPU, in float32. Costs
+        a second copy of the weights, made at first use; training ignores it."""
+        weight = self.transformer.wte.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and self.packed is None \
+                and torch.backends.mkldnn.is_available():
+            for module in [self, *(layer for _, layer in adapter_layers(self))]:
+                module.packed = PackedCopies()
 
     def base_parameters(self):
         """{name: parameter} of the base model, adapters left out."""
