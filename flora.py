@@ -48,6 +48,12 @@ class Packed(NamedTuple):
     weight: torch.Tensor
 
 
+class Int8(NamedTuple):
+    """W0 [d, k] as whole numbers times a scale per output column."""
+    values: torch.Tensor   # int8 [d, k]
+    scale: torch.Tensor    # [k], in the dtype of the activations
+
+
 class PackedCopies(dict):
     """{(lo, hi): Packed} of one weight. Copied or pickled it is empty: oneDNN's tensors allow neither."""
 
@@ -77,13 +83,16 @@ def matmul(x, W0, bias=None):
     """
     if isinstance(W0, Packed):
         return torch.ops.mkldnn._linear_pointwise(x, W0.weight, bias, "none", [], "")
+    if isinstance(W0, Int8):
+        y = F.linear(x, W0.values.T.to(x.dtype)) * W0.scale.to(x.dtype)
+        return y if bias is None else y + bias
     return F.linear(x, W0.T, bias)
 
 
 def flora_expand(x, W0, A, B):
     """Eq. 6: Y = A ∘ ((B ∘ X) W0). One shared matmul of r rows per token, no bmm.
 
-    x [..., d], W0 [d, k] or Packed, A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
+    x [..., d], W0 [d, k] (or Packed, or Int8), A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
     A and B hold each token's own adapter, as rows. For r > 1 the paper takes a mean over the r
     components; here A already carries the 1/r, so that one batch may pad several ranks with zeros.
     """
@@ -248,10 +257,13 @@ class AdapterLinear(nn.Linear):
         self.frozen_bank = None       # set by freeze_bank for serving; else stacked in each forward
         self.path = "auto"            # how FLoRA is computed, where forward is not told
         self.lora_path = "example"    # and LoRA: bmm per "example", bmm per "token", or "masked"
+        self.scale = None             # [k] once quantize_int8 has made `weight` int8
         self.packed = None            # PackedCopies once the model serves on a CPU (GPT.pack)
 
     def W0(self, lo=0, hi=None):
         """Columns [lo, hi) of W0 [d, k], for `matmul`."""
+        if self.scale is not None:
+            return Int8(self.weight.T[:, lo:hi], self.scale[lo:hi])
         return packed_columns(self.weight, self.packed, lo, hi)
 
     def bank(self, ids=None, columns=0):
@@ -348,6 +360,8 @@ class AdapterLinear(nn.Linear):
         if path != "materialise":
             raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
         W0 = self.weight.T[:, :columns]
+        if self.scale is not None:
+            W0 = W0 * self.scale[:columns]
         ids = (adapter_ids[:, None] if adapter_ids.dim() == 1 else adapter_ids).expand(x.shape[:2])
         distinct = ids.unique().tolist()
         if len(distinct) == 1:
@@ -450,6 +464,17 @@ def remove_adapter(model, adapter_id):
         del model.get_submodule(name).adapters[str(adapter_id)]
     for _, layer in adapter_layers(model):
         layer.frozen_bank = None
+
+
+@torch.no_grad()
+def quantize_int8(model):
+    """Hold the projections of the base as int8, rounded to nearest, one scale per output (weight-only:
+    activations and matmul keep their dtype). Adapters, embeddings and LayerNorms stay as they are."""
+    model.fingerprint  # read before the weights change: adapters belong to the model as it was stored
+    for _, layer in adapter_layers(model):
+        scale = layer.weight.abs().amax(1).float() / 127                      # [k]
+        values = (layer.weight / scale[:, None]).round().to(torch.int8)
+        layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), scale.to(layer.weight.dtype)
 
 
 @torch.no_grad()
