@@ -322,7 +322,8 @@ class AdapterLinear(nn.Linear):
         adapter_ids: int64 [b] (one per example) or [b, T] (one per token, §3.2), 0 for the base
         model and i for adapter i; None is the base model for all; or the rows that
         `gather(model, ids)` has gathered for ids [b], to decode (T = 1) many times with.
-        path: "expand" (Eq. 6), "materialise" (Eq. 4) or "auto" (choose_path); None takes self.path.
+        path: "expand" (Eq. 6; the one way for gathered rows), "materialise" (Eq. 4) or "auto"
+        (choose_path); None takes self.path.
         """
         if adapter_ids is None or not (self.adapters or self.frozen_bank):
             return matmul(x, self.W0(), self.bias)
@@ -350,7 +351,9 @@ class AdapterLinear(nn.Linear):
     def scaled(self, x, bank, adapter_ids, path):
         """The FLoRA part: x [b, T, d] @ (W0 ∘ ΔW of each token's adapter) -> [b, T, columns]."""
         columns = bank.scale_A.shape[2]
-        if path == "auto":
+        if adapter_ids is None:  # rows from gather
+            path = "expand"
+        elif path == "auto":
             path = choose_path(x, bank.scale_A.shape[1], adapter_ids)
         if path == "expand":
             A, B = select(bank.scale_A, adapter_ids), select(bank.scale_B, adapter_ids)

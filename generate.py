@@ -3,17 +3,27 @@
   python generate.py --prompt 'def fibonacci(n):'                             the embedded base model
   python generate.py --prompt 'class Tensor {' --adapter out/flora-r1/adapter.safetensors
   python generate.py --prompt 'class A' --prompt 'class B' --adapter FLORA_FILE --adapter none
+  python generate.py --requests FILE.jsonl --results FILE.jsonl      many requests, batched continuously
 
 Text goes to standard output as it comes (with several prompts line by line, each line numbered by
 its prompt), speed to standard error.
+
+A line of --requests is a JSON object: "prompt", and if it likes "adapter" (a file, or none),
+"max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" (a list of texts); the flags of the
+same names give the defaults. A line of --results is that with "line" (its number), "tokens" (new
+ids), "text" and "error" (null, or why it could not run), written as requests end. Run again after an
+interruption, the same command does only what is missing.
 """
 import argparse
+import json
+import os
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
+from tqdm import tqdm
 
 import flora
 from flora import BASE, BadInput
@@ -63,6 +73,7 @@ class Request:
 class Engine:
     """Continuous batching (Orca; §4.1): requests enter and leave a running batch between its steps.
 
+        flora.freeze_bank(model)
         engine = Engine(model, slots=8)
         requests = [engine.submit(prompt, adapter_id=i) for i, prompt in enumerate(prompts)]
         engine.run()                                         # or step() by step(), with more submits
@@ -90,6 +101,7 @@ class Engine:
         self.sync_every = sync_every or (8 if device.type == "cuda" else 1)
         self.forward = torch.compile(model, dynamic=False) if compile else model
         self.fixed_shapes = compile or device.type == "cuda"
+        self.has_adapters = any(layer.adapters for _, layer in flora.adapter_layers(model))
         self.graphs = {}                      # {cache length: (CUDA graph, its logits)}
         self.waiting, self.running = deque(), []
         self.events = []                      # (request, new ids) that step() has yet to report
@@ -107,8 +119,6 @@ class Engine:
             u=torch.zeros(slots, self.length, device=device),                 # randomness by position
         )
         model.pack()
-        if any(layer.adapters and not layer.frozen_bank for _, layer in flora.adapter_layers(model)):
-            flora.freeze_bank(model)
 
     @property
     def busy(self):
@@ -171,6 +181,7 @@ class Engine:
     def update_bank(self, banks, adapter_id):
         if not flora.update_bank(self.model, banks, adapter_id):
             self.graphs.clear()  # they read the old tensors
+        self.has_adapters = True
         self.recompose()
 
     def run(self):
@@ -311,7 +322,7 @@ class Engine:
         are gathered inside, so that ids and bank may change in place. NOT TESTED ON A GPU.
         """
         def run():
-            adapter_ids = self.rows["adapter_id"] if flora.frozen_banks(self.model) else None
+            adapter_ids = self.rows["adapter_id"] if self.has_adapters else None
             position = self.rows["position"].clamp(max=length - 1)
             return self.forward(self.rows["token"][:, None], adapter_ids,
                                 self.kv_cache[:, :, :, :length], position[:, None])[:, 0]
@@ -396,6 +407,119 @@ def cut_at_stop(text, stops):
     return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
 
 
+REQUEST_KEYS = {"prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
+                "top_k": int, "top_p": (int, float), "seed": int, "stop": list}
+
+
+def read_jsonl(file):
+    """Yield (line number, value) of a JSONL file; a line that is no JSON is a ValueError with its number."""
+    with open(file, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as e:
+                    raise ValueError(f"line {number}: {e}") from None
+
+
+def read_requests(file, defaults):
+    """A --requests file -> {line number: request, with `defaults` for the keys it lacks}."""
+    requests = {}
+    try:
+        for line, given in read_jsonl(file):
+            where = f"--requests {file} line {line}"
+            if not isinstance(given, dict) or "prompt" not in given:
+                raise BadInput(f'{where}: needs a JSON object with a "prompt"')
+            for key, value in given.items():
+                if key not in REQUEST_KEYS:
+                    raise BadInput(f"{where}: unknown key {key!r}; use {', '.join(REQUEST_KEYS)}")
+                if not isinstance(value, REQUEST_KEYS[key]) or isinstance(value, bool) or (
+                        key == "stop" and not all(isinstance(text, str) and text for text in value)):
+                    raise BadInput(f"{where}: {key} is {value!r}, which is no "
+                                   + {str: "text", int: "whole number", list: "list of texts"}.get(
+                                       REQUEST_KEYS[key], "number"))
+            requests[line] = defaults | given
+    except (OSError, ValueError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f"--requests {file}: not readable as JSONL ({e})") from None
+    if not requests:
+        raise BadInput(f"--requests {file}: holds no request")
+    return requests
+
+
+def resume_results(file, requests):
+    """Set of the lines that an earlier run has finished. What it left half written is dropped."""
+    results = {}
+    if os.path.exists(file):
+        try:
+            for _, result in read_jsonl(file):
+                results[result["line"]] = result
+        except ValueError:
+            pass  # the line that was being written when the run was killed
+        except (OSError, KeyError, TypeError) as e:
+            raise BadInput(f"--results {file}: is no file of results ({e}); move it away") from None
+    for line, result in results.items():
+        if any(result.get(key) != value for key, value in requests.get(line, {"prompt": None}).items()):
+            raise BadInput(f"--results {file}: line {line} of the requests was another one then; move the "
+                           "file away, or choose another --results")
+    try:
+        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(result) + "\n" for result in results.values())
+        os.replace(f"{file}.tmp", file)
+    except OSError as e:
+        raise BadInput(f"--results {file}: cannot be written ({e.strerror})") from None
+    return set(results)
+
+
+def serve(args, model, tokenizer):
+    """--requests to --results, by an Engine."""
+    requests = read_requests(args.requests, dict(
+        adapter=args.adapter[0] if args.adapter else "none", max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop))
+    finished = resume_results(args.results, requests)
+    loaded = load_adapters(model, [r["adapter"] for r in requests.values()])
+    slots = args.slots or (8 if model.transformer.wte.weight.device.type == "cpu" else 64)
+    engine = Engine(model, min(slots, len(requests)), max_batched_tokens=args.max_batched_tokens,
+                    continuous=not args.static_batching, compile=args.compile)
+    lines = {}
+    for line, r in requests.items():
+        if line not in finished:
+            ids = tokenizer.encode(r["prompt"])
+            if args.truncate:
+                ids = ids[-max(1, model.config.n_positions - r["max_new_tokens"]):]
+            stopped = r["stop"] and (lambda ids, stop=r["stop"]: any(s in tokenizer.decode(ids) for s in stop))
+            settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+            lines[engine.submit(ids, adapter_id=loaded[r["adapter"]], eos_id=tokenizer.eos_id,
+                                stopped=stopped or None, **settings)] = line
+    start, tokens, failed = time.time(), 0, 0
+    with open(args.results, "a", encoding="utf-8") as f, \
+            tqdm(total=len(requests), initial=len(finished), unit="request") as bar:
+        while engine.busy:
+            for request, _ in engine.step():
+                if request.state in ("done", "failed"):
+                    r = requests[lines[request]]
+                    text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id])
+                    f.write(json.dumps(r | dict(line=lines[request], tokens=request.ids, error=request.error,
+                                                text=cut_at_stop(text, r["stop"]))) + "\n")
+                    f.flush()
+                    tokens, failed = tokens + len(request.ids), failed + (request.state == "failed")
+                    bar.update()
+    seconds = time.time() - start
+    print(f"{len(lines)} requests, {failed} failed, {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.1f} "
+          f"tokens/s, {engine.slots} slots, {args.dtype} on {args.device}", file=sys.stderr)
+
+
+def load_adapters(model, names):
+    """{name: adapter id} of adapter files and "none"; stacked into the bank."""
+    loaded = {"none": BASE}
+    for name in names:
+        if name not in loaded:
+            loaded[name] = flora.load_adapter(model, name)
+    flora.freeze_bank(model)
+    return loaded
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -411,11 +535,24 @@ def parse_args(argv=None):
     add("--top-p", type=float, default=1.0)
     add("--stop", action="append", default=[], metavar="TEXT", help="end a row before this text; may be repeated")
     add("--truncate", action="store_true", help="drop the start of prompts that do not fit the context")
+    add("--requests", metavar="FILE", help="JSONL of requests, as above; with --results")
+    add("--results", metavar="FILE", help="JSONL to write, or to complete")
+    add("--slots", type=int, help="requests that run at once (default: 8 on a CPU, else 64)")
+    add("--max-batched-tokens", type=int, default=8192, help="of one step, padding included")
+    add("--static-batching", action="store_true", help="admit requests only when all slots are empty")
+    add("--compile", action="store_true", help="decode --requests with torch.compile")
     add("--attention", choices=["flash", "math"], default="flash")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {args.max_new_tokens}; use a whole number of at least 1")
+    if bool(args.requests) != bool(args.results):
+        parser.error("--requests and --results go together")
+    if args.requests and (args.prompt or args.prompt_file or args.suffix or len(args.adapter) > 1):
+        parser.error("--requests brings prompts and adapters itself; give no --prompt, --prompt-file or --suffix, "
+                     "and at most one --adapter, the default")
+    if args.slots is not None and args.slots < 1 or args.max_batched_tokens < 1:
+        parser.error("--slots and --max-batched-tokens must be whole numbers of at least 1")
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
         parser.error("--temperature and --top-k must be at least 0, --top-p in (0, 1]")
     return args
@@ -430,6 +567,10 @@ def one_each(values, n, what):
 
 def main():
     args = parse_args()
+    if args.requests:
+        model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
+        model.set_attention(args.attention == "flash")
+        return serve(args, model, Tokenizer(args.weights))
     prompts = list(args.prompt)
     for file in args.prompt_file:
         try:
@@ -446,11 +587,7 @@ def main():
     tokenizer = Tokenizer(args.weights)
     model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
     model.set_attention(args.attention == "flash")
-    loaded = {"none": BASE}
-    for name in names:
-        if name not in loaded:
-            loaded[name] = flora.load_adapter(model, name)
-    flora.freeze_bank(model)
+    loaded = load_adapters(model, names)
     adapter_ids = [loaded[name] for name in names] if len(loaded) > 1 else None
 
     ids = [tokenizer.encode(prompt) for prompt in prompts]
