@@ -64,7 +64,7 @@ class PackedCopies(dict):
 def packed_columns(weight, packed, lo=0, hi=None):
     """Columns [lo, hi) of W0 for `matmul`, weight being W0ᵀ [k, d]: packed, and kept in
     `packed` until the weight changes; a plain view if packed is None or gradients are enabled."""
-    if packed is None or torch.is_grad_enabled():
+    if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return weight.T[:, lo:hi]
     now = weight.data_ptr(), weight._version
     if packed.get("weight") != now:
@@ -98,7 +98,7 @@ def flora_expand(x, W0, A, B):
     """
     BX = (B * x.unsqueeze(-2)).to(x.dtype)                # [..., r, d]
     Y = A * matmul(BX, W0)                                # [..., r, k]
-    return Y.sum(-2)                                      # [..., k]
+    return Y.sum(-2) if Y.shape[-2] > 1 else Y.squeeze(-2)   # [..., k]
 
 
 def flora_materialise(x, W0, A, B):
