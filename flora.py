@@ -215,7 +215,8 @@ class Adapter(nn.Module):
 
 
 class Bank(NamedTuple):
-    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; float32.
+    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; float32 (LoRA's,
+    once frozen, in the dtype of the model, which lora_bmm would give them in each call).
 
     Ranks are padded with zeros. A part that no adapter of the layer needs is None.
     """
@@ -490,7 +491,10 @@ def freeze_bank(model, capacity=0):
         layer.frozen_bank = None
         if layer.adapters:
             bank = layer.bank(range(max(layer.num_adapters, capacity) + 1))
-            layer.frozen_bank = Bank(*(part if part is None else part.contiguous() for part in bank))
+            if bank.added_A is not None:
+                dtype = layer.weight.dtype if layer.scale is None else layer.scale.dtype
+                bank = bank._replace(added_A=bank.added_A.to(dtype), added_B=bank.added_B.to(dtype))
+            layer.frozen_bank = bank
 
 
 def frozen_banks(model):

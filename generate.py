@@ -301,7 +301,7 @@ class Engine:
         if i < len(self.running):
             j, length = len(self.running), last.offset + self.steps
             self.kv_cache[:, :, i, :length] = self.kv_cache[:, :, j, :length]
-            for rows in self.rows.values():
+            for rows in (self.logits, *self.rows.values()):
                 rows[i] = rows[j]
             self.running[i] = last
 

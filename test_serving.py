@@ -49,13 +49,12 @@ def tiny_requests(n, adapters, seed=0):
     def number(lo, hi):
         return int(torch.randint(lo, hi, (1,), generator=g))
     return [(torch.randint(0, 97, (number(1, 20),), generator=g).tolist(),
-             dict(adapter_id=number(0, adapters + 1), max_new_tokens=number(1, 12), eos_id=number(0, 97),
+             dict(adapter_id=number(0, adapters + 1), max_new_tokens=number(1, 12),
                   temperature=(0.0, 0.8)[i % 3 == 2], top_k=20 * (i % 2), top_p=0.9, seed=i))
             for i in range(n)]
 
 
-def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=0,
-          eos_id=None):
+def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, top_k=0, top_p=1.0, seed=0):
     """The reference: one request, no cache, no batch, the whole text again for every token."""
     ids, g = list(prompt), torch.Generator().manual_seed(seed)
     u = torch.rand(max_new_tokens, generator=g)
@@ -64,8 +63,6 @@ def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, to
             logits = model(torch.tensor([ids]), torch.tensor([adapter_id]))[:, -1]
         settings = torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p])
         ids.append(int(generate.sample(logits, *settings, u[i:i + 1])))
-        if ids[-1] == eos_id:
-            break
     return ids[len(prompt):]
 
 
@@ -76,23 +73,32 @@ def model():
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """40 requests and what each returns alone."""
-    requests = tiny_requests(40, len(KINDS))
-    return requests, [plain(model, prompt, **settings) for prompt, settings in requests]
+    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
+    requests, alone = tiny_requests(40, len(KINDS)), []
+    for i, (prompt, settings) in enumerate(requests):
+        ids = plain(model, prompt, **settings)
+        if i % 2:
+            settings["eos_id"] = ids[len(ids) // 2]
+            ids = ids[:ids.index(settings["eos_id"]) + 1]
+        alone.append(ids)
+    return requests, alone
 
 
 @pytest.mark.parametrize("setting", [
     dict(slots=5), dict(slots=1), dict(slots=64), dict(slots=5, continuous=False),
-    dict(slots=5, max_batched_tokens=30), dict(slots=5, sync_every=4), dict(slots=5, all_slots=True)],
+    dict(slots=5, max_batched_tokens=30), dict(slots=5, sync_every=4, every=3), dict(slots=5, all_slots=True)],
     ids=str)
 def test_each_request_returns_what_it_returns_alone(model, expected, setting):
+    """Whatever the slots, the budget, the arrivals (two before every step, or two every third), and
+    the steps between two reads of the tokens; in continuous and in static batching."""
     requests, alone = expected
-    engine = Engine(model, **{k: v for k, v in setting.items() if k != "all_slots"})
+    engine = Engine(model, **{k: v for k, v in setting.items() if k not in ("all_slots", "every")})
     engine.fixed_shapes |= setting.get("all_slots", False)  # as for CUDA graphs
-    submitted, arrivals = [], iter(requests)
+    submitted, arrivals, steps = [], iter(requests), 0
     while engine.busy or len(submitted) < len(requests):
-        for prompt, settings in [r for _, r in zip(range(2), arrivals)]:  # two arrive before each step
-            submitted.append(engine.submit(prompt, **settings))
+        if steps % setting.get("every", 1) == 0:
+            submitted += [engine.submit(prompt, **settings) for _, (prompt, settings) in zip(range(2), arrivals)]
+        steps += 1
         engine.step()
         assert len(engine.running) <= engine.slots
     assert [r.ids for r in submitted] == alone
@@ -116,8 +122,7 @@ def test_thousand_requests_in_thousand_results_out_each_reported_once_in_order_o
 
 def test_a_cancelled_a_failing_and_a_too_long_request_disturb_no_other(model, expected):
     requests, alone = expected
-    requests = [(p, s | dict(eos_id=None)) for p, s in requests[:8]]
-    alone = [plain(model, p, **s) for p, s in requests]
+    requests, alone = requests[:8], alone[:8]
     def broken(ids):
         raise KeyError("mine")
     engine = Engine(model, slots=4)
