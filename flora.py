@@ -43,16 +43,62 @@ class BadInput(ValueError):
 # ------------------------------------------------------------------------------ the three methods
 
 
+class Packed(NamedTuple):
+    """W0 [d, k] in oneDNN's own layout. CPU, float32, no gradient."""
+    weight: torch.Tensor
+
+
+class Int8(NamedTuple):
+    """W0 [d, k] as whole numbers times a scale per output column."""
+    values: torch.Tensor   # int8 [d, k]
+    scale: torch.Tensor    # [k], in the dtype of the activations
+
+
+class PackedCopies(dict):
+    """{(lo, hi): Packed} of one weight. Copied or pickled it is empty: oneDNN's tensors allow neither."""
+
+    def __reduce__(self):
+        return PackedCopies, ()
+
+
+def packed_columns(weight, packed, lo=0, hi=None):
+    """Columns [lo, hi) of W0 for `matmul`, weight being W0ᵀ [k, d]: packed, and kept in
+    `packed` until the weight changes; a plain view if packed is None or gradients are enabled."""
+    if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return weight.T[:, lo:hi]
+    now = weight.data_ptr(), weight._version
+    if packed.get("weight") != now:
+        packed.clear()
+        packed["weight"] = now
+    if (lo, hi) not in packed:
+        packed[lo, hi] = Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach()[lo:hi], None))
+    return packed[lo, hi]
+
+
+def matmul(x, W0, bias=None):
+    """x [..., d] @ W0 [d, k] (+ bias [k]) -> [..., k], for every form in which a layer holds W0.
+
+    PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
+    once makes the few rows of a decoding step 1.5-3 times as fast (README).
+    """
+    if isinstance(W0, Packed):
+        return torch.ops.mkldnn._linear_pointwise(x, W0.weight, bias, "none", [], "")
+    if isinstance(W0, Int8):
+        y = F.linear(x, W0.values.T.to(x.dtype)) * W0.scale.to(x.dtype)
+        return y if bias is None else y + bias
+    return F.linear(x, W0.T, bias)
+
+
 def flora_expand(x, W0, A, B):
     """Eq. 6: Y = A ∘ ((B ∘ X) W0). One shared matmul of r rows per token, no bmm.
 
-    x [..., d], W0 [d, k], A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
+    x [..., d], W0 [d, k] (or Packed, or Int8), A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
     A and B hold each token's own adapter, as rows. For r > 1 the paper takes a mean over the r
     components; here A already carries the 1/r, so that one batch may pad several ranks with zeros.
     """
     BX = (B * x.unsqueeze(-2)).to(x.dtype)                # [..., r, d]
-    Y = A * (BX @ W0)                                     # [..., r, k]
-    return Y.sum(-2)                                      # [..., k]
+    Y = A * matmul(BX, W0)                                # [..., r, k]
+    return Y.sum(-2) if Y.shape[-2] > 1 else Y.squeeze(-2)   # [..., k]
 
 
 def flora_materialise(x, W0, A, B):
@@ -71,6 +117,22 @@ def lora_bmm(x, A, B):
     """
     hidden = torch.bmm(x, B.to(x.dtype))                  # [b, T, r]
     return torch.bmm(hidden, A.to(x.dtype))               # [b, T, k]
+
+
+def lora_masked(x, A, B, mask):
+    """The same without bmm: all n adapters as one dense [d, n r] matmul, the others masked out.
+
+    x [b, T, d], A [n r, k], B [n r, d], mask [b, 1 or T, n r] from own_rows -> [b, T, k].
+    """
+    hidden = (x @ B.T.to(x.dtype)) * mask.to(x.dtype)     # [b, T, n r]
+    return hidden @ A.to(x.dtype)
+
+
+def own_rows(adapter_ids, bank):
+    """bank [n, r, m], adapter_ids [b] or [b, T] -> bool [b, 1 or T, n r], True at a token's own rows."""
+    n, r, _ = bank.shape
+    owner = torch.arange(n, device=bank.device).repeat_interleave(r)
+    return (adapter_ids[:, None] if adapter_ids.dim() == 1 else adapter_ids).unsqueeze(-1) == owner
 
 
 # What making W0 ∘ ΔW once costs, in rows of the plain matmul. Below it Eq. 6 is cheaper.
@@ -153,15 +215,17 @@ class Adapter(nn.Module):
 
 
 class Bank(NamedTuple):
-    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; float32.
+    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; float32 (LoRA's,
+    once frozen, in the dtype of the model, which lora_bmm would give them in each call).
 
     Ranks are padded with zeros. A part that no adapter of the layer needs is None.
     """
     scale_A: torch.Tensor | None   # [n + 1, R, columns]   FLoRA and IA3
     scale_B: torch.Tensor | None   # [n + 1, R, d]
     added_A: torch.Tensor | None   # [n + 1, R', k]        LoRA
-    added_B: torch.Tensor | None   # [n + 1, d, R']
+    added_B: torch.Tensor | None   # [n + 1, R', d]
     bias: torch.Tensor | None      # [n + 1, k]            the bias as each IA3 scales it
+    mask: torch.Tensor | None = None   # `gather` for lora_masked, with added_A and added_B whole
 
 
 def stack_rows(rows):
@@ -171,7 +235,12 @@ def stack_rows(rows):
 
 
 def select(bank, adapter_ids):
-    """bank [n + 1, R, m], adapter_ids [...] -> [..., R, m]. A negative or unknown id is an error."""
+    """bank [n + 1, R, m], adapter_ids [...] -> [..., R, m]; the same for a bank [n + 1, k] of biases.
+    A negative or unknown id is an error.
+
+    adapter_ids None: `bank` holds the rows already, from `gather`."""
+    if adapter_ids is None:
+        return bank
     return F.embedding(adapter_ids, bank.flatten(1)).unflatten(-1, bank.shape[1:])
 
 
@@ -188,17 +257,27 @@ class AdapterLinear(nn.Linear):
         self.num_adapters = 0         # of the whole model, so that ids mean the same in every layer
         self.frozen_bank = None       # set by freeze_bank for serving; else stacked in each forward
         self.path = "auto"            # how FLoRA is computed, where forward is not told
+        self.lora_path = "example"    # and LoRA: bmm per "example", bmm per "token", or "masked"
+        self.scale = None             # [k] once quantize_int8 has made `weight` int8
+        self.packed = None            # PackedCopies once the model serves on a CPU (GPT.pack)
 
-    def bank(self):
-        """Stack this layer's adapters into a Bank, differentiably."""
+    def W0(self, lo=0, hi=None):
+        """Columns [lo, hi) of W0 [d, k], for `matmul`."""
+        if self.scale is not None:
+            return Int8(self.weight.T[:, lo:hi], self.scale[lo:hi])
+        return packed_columns(self.weight, self.packed, lo, hi)
+
+    def bank(self, ids=None, columns=0):
+        """Stack this layer's adapters into a Bank, differentiably. ids: which (default all, from 0);
+        columns: how many scale_A has at least."""
         k, d = self.weight.shape
         ones = torch.ones(1, max(k, d), device=self.weight.device)
         adapters = [self.adapters[str(i)] if str(i) in self.adapters else None
-                    for i in range(self.num_adapters + 1)]
+                    for i in (range(self.num_adapters + 1) if ids is None else ids)]
         scaling = [a for a in adapters if a and a.kind != "lora"]
         scale_A = scale_B = added_A = added_B = bias = None
         if scaling:
-            columns = max(a.columns[1] for a in scaling)
+            columns = max(columns, *(a.columns[1] for a in scaling))
             rows = [a.scale_factors(columns) if a else (ones[:, :columns], ones[:, :d])
                     for a in adapters]
             scale_A, scale_B = (stack_rows(factor) for factor in zip(*rows))
@@ -206,62 +285,109 @@ class AdapterLinear(nn.Linear):
             rows = [a.added_factors(k) if a and a.kind == "lora" else (ones[:0, :k], ones[:0, :d])
                     for a in adapters]
             added_A, added_B = (stack_rows(factor) for factor in zip(*rows))
-            added_B = added_B.mT
         if self.bias is not None and any(a.kind == "ia3" and not a.scales_input for a in scaling):
             bias = torch.stack([
                 self.bias * (a.scale_factors(k)[0][0] if a and a.kind == "ia3" else ones[0, :k])
                 for a in adapters])
         return Bank(scale_A, scale_B, added_A, added_B, bias)
 
-    def forward(self, x, adapter_ids=None, path=None):
-        """x [b, T, d], adapter_ids int64 [b] (one per example) or [b, T] (one per token, §3.2), or
-        None for the base model -> [b, T, k] in x's dtype. Id 0 is the base model, i adapter i.
+    def write_row(self, i):
+        """Write adapter i, or the base where this layer has none, into the frozen bank, in place.
+        Returns False, and writes nothing, where it does not fit."""
+        bank = self.frozen_bank
+        row = self.bank([i], 0 if bank.scale_A is None else bank.scale_A.shape[2])
+        for old, new in zip(bank, row):
+            if old is None and new is not None or old is not None and i >= len(old):
+                return False
+            if new is not None and any(n > o for n, o in zip(new.shape[1:], old.shape[1:])):
+                return False
+        for old, new in zip(bank, row):
+            if old is not None:
+                old[i] = 0 if new is not None else old[0]
+            if new is not None:
+                old[i][tuple(slice(n) for n in new.shape[1:])] = new[0]
+        return True
 
-        path: "expand" (Eq. 6), "materialise" (Eq. 4) or "auto" (choose_path); None takes self.path.
-        """
-        if adapter_ids is None or not self.adapters:
-            return F.linear(x, self.weight, self.bias)
+    def gather(self, adapter_ids):
+        """The Bank of the rows that adapter_ids [b] need."""
         bank = self.frozen_bank or self.bank()
-        W0 = self.weight.T                                                    # [d, k]
+        rows = Bank(*(part if part is None else select(part, adapter_ids) for part in bank))
+        if bank.added_A is not None and self.lora_path == "masked":
+            return rows._replace(added_A=bank.added_A, added_B=bank.added_B,
+                                 mask=own_rows(adapter_ids, bank.added_A))
+        return rows
+
+    def forward(self, x, adapter_ids=None, path=None):
+        """x [b, T, d] -> [b, T, k] in x's dtype.
+
+        adapter_ids: int64 [b] (one per example) or [b, T] (one per token, §3.2), 0 for the base
+        model and i for adapter i; None is the base model for all; or the rows that
+        `gather(model, ids)` has gathered for ids [b], to decode (T = 1) many times with.
+        path: "expand" (Eq. 6; the one way for gathered rows), "materialise" (Eq. 4) or "auto"
+        (choose_path); None takes self.path.
+        """
+        if adapter_ids is None or not (self.adapters or self.frozen_bank):
+            return matmul(x, self.W0(), self.bias)
+        if isinstance(adapter_ids, dict):
+            bank, adapter_ids = adapter_ids[self], None
+        else:
+            bank = self.frozen_bank or self.bank()
         if bank.scale_A is None:
-            y = x @ W0
+            y = matmul(x, self.W0(), self.bias)
         else:
             columns = bank.scale_A.shape[2]  # value columns, say, that no adapter of the bank touches
-            y = self.scaled(x, W0[:, :columns], bank, adapter_ids, path or self.path)
-            if columns < W0.shape[1]:
-                y = torch.cat([y, (x @ W0[:, columns:]).to(y.dtype)], dim=-1)
+            y = self.scaled(x, bank, adapter_ids, path or self.path)
+            if columns < self.out_features:
+                y = torch.cat([y, matmul(x, self.W0(columns)).to(y.dtype)], dim=-1)
+            bias = self.bias
+            if bank.bias is not None:
+                bias = select(bank.bias, adapter_ids)
+                bias = bias[:, None] if bias.dim() == 2 else bias             # [b, 1 or T, k]
+            if bias is not None:
+                y = y + bias
         if bank.added_A is not None:
-            A, B = select(bank.added_A, adapter_ids), select(bank.added_B, adapter_ids)
-            if adapter_ids.dim() == 1:
-                y = y + lora_bmm(x, A, B)
-            else:  # every token carries a copy of its adapter, as in an engine that flattens tokens
-                y = y + lora_bmm(x.flatten(0, 1)[:, None], A.flatten(0, 1), B.flatten(0, 1)).view_as(y)
-        if bank.bias is not None:
-            bias = F.embedding(adapter_ids, bank.bias)
-            y = y + (bias[:, None] if adapter_ids.dim() == 1 else bias)
-        elif self.bias is not None:
-            y = y + self.bias
+            y = y + self.added(x, bank, adapter_ids)
         return y.to(x.dtype)
 
-    def scaled(self, x, W0, bank, adapter_ids, path):
+    def scaled(self, x, bank, adapter_ids, path):
         """The FLoRA part: x [b, T, d] @ (W0 ∘ ΔW of each token's adapter) -> [b, T, columns]."""
-        if path == "auto":
+        columns = bank.scale_A.shape[2]
+        if adapter_ids is None:  # rows from gather
+            path = "expand"
+        elif path == "auto":
             path = choose_path(x, bank.scale_A.shape[1], adapter_ids)
         if path == "expand":
             A, B = select(bank.scale_A, adapter_ids), select(bank.scale_B, adapter_ids)
-            if adapter_ids.dim() == 1:
+            if A.dim() == 3:
                 A, B = A[:, None], B[:, None]                                 # [b, 1, R, .]
-            return flora_expand(x, W0, A, B)
+            return flora_expand(x, self.W0(0, columns), A, B)
         if path != "materialise":
             raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
+        W0 = self.weight.T[:, :columns]
+        if self.scale is not None:
+            W0 = W0 * self.scale[:columns]
         ids = (adapter_ids[:, None] if adapter_ids.dim() == 1 else adapter_ids).expand(x.shape[:2])
         distinct = ids.unique().tolist()
         if len(distinct) == 1:
             return flora_materialise(x, W0, bank.scale_A[distinct[0]], bank.scale_B[distinct[0]])
-        y = x.new_empty(*x.shape[:2], W0.shape[1])
+        y = x.new_empty(*x.shape[:2], columns)
         for i in distinct:
             y[ids == i] = flora_materialise(x[ids == i], W0, bank.scale_A[i], bank.scale_B[i])
         return y
+
+    def added(self, x, bank, adapter_ids):
+        """The LoRA part: x [b, T, d] -> the addend of Eq. 1 [b, T, k], by lora_path."""
+        b, T, _ = x.shape
+        if self.lora_path == "masked":
+            mask = own_rows(adapter_ids, bank.added_A) if bank.mask is None else bank.mask
+            return lora_masked(x, bank.added_A.flatten(0, 1), bank.added_B.flatten(0, 1), mask)
+        if self.lora_path == "token" and adapter_ids is not None and adapter_ids.dim() == 1:
+            adapter_ids = adapter_ids[:, None].expand(b, T)
+        A, B = select(bank.added_A, adapter_ids), select(bank.added_B, adapter_ids).mT
+        if A.dim() == 3:
+            return lora_bmm(x, A, B)
+        # every token carries a copy of its adapter, as in an engine that flattens tokens
+        return lora_bmm(x.flatten(0, 1)[:, None], A.flatten(0, 1), B.flatten(0, 1)).view(b, T, -1)
 
 
 # ------------------------------------------------------------------------------- verbs on a model
@@ -300,11 +426,12 @@ def make_adapters(model, kind, rank, targets, alpha):
 
 
 def attach(model, adapters):
-    """Give {layer name: Adapter} the model's next adapter id, and return it."""
+    """Give {layer name: Adapter} the model's lowest free adapter id, and return it."""
     layers = dict(adapter_layers(model))
-    adapter_id = 1 + max(layer.num_adapters for layer in layers.values())
+    taken = {int(i) for layer in layers.values() for i in layer.adapters}
+    adapter_id = min(set(range(1, len(taken) + 2)) - taken)
     for name, layer in layers.items():
-        layer.num_adapters, layer.frozen_bank = adapter_id, None
+        layer.num_adapters, layer.frozen_bank = max(layer.num_adapters, adapter_id), None
         if name in adapters:
             layer.adapters[str(adapter_id)] = adapters[name]
     return adapter_id
@@ -335,11 +462,69 @@ def adapter_parameters(model, adapter_id):
             for p, tensor in adapter.named_parameters()}
 
 
-def freeze_bank(model):
-    """Stack the adapters once, for serving: forward then only gathers rows. Adding one undoes it."""
-    with torch.no_grad():
-        for _, layer in adapter_layers(model):
-            layer.frozen_bank = layer.bank() if layer.adapters else None
+def remove_adapter(model, adapter_id):
+    """Take an adapter out of the model. Its id is the base model from now on, and free for the next."""
+    for name in adapters_of(model, adapter_id):
+        del model.get_submodule(name).adapters[str(adapter_id)]
+    for _, layer in adapter_layers(model):
+        layer.frozen_bank = None
+
+
+@torch.no_grad()
+def quantize_int8(model):
+    """Hold the projections of the base as int8, rounded to nearest, one scale per output (weight-only:
+    activations and matmul keep their dtype). Adapters, embeddings and LayerNorms stay as they are."""
+    model.fingerprint  # read before the weights change: adapters belong to the model as it was stored
+    for _, layer in adapter_layers(model):
+        scale = layer.weight.abs().amax(1).float() / 127                      # [k]
+        values = (layer.weight / scale[:, None]).round().to(torch.int8)
+        layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), scale.to(layer.weight.dtype)
+
+
+@torch.no_grad()
+def freeze_bank(model, capacity=0):
+    """Stack the adapters once, for serving: forward then only gathers rows. Adding one undoes it.
+
+    capacity: how many adapters to keep rows for at least, so that update_bank finds room.
+    """
+    for _, layer in adapter_layers(model):
+        layer.frozen_bank = None
+        if layer.adapters:
+            bank = layer.bank(range(max(layer.num_adapters, capacity) + 1))
+            if bank.added_A is not None:
+                dtype = layer.weight.dtype if layer.scale is None else layer.scale.dtype
+                bank = bank._replace(added_A=bank.added_A.to(dtype), added_B=bank.added_B.to(dtype))
+            layer.frozen_bank = bank
+
+
+def frozen_banks(model):
+    """{layer: its frozen bank} of the layers that have one."""
+    return {layer: layer.frozen_bank for _, layer in adapter_layers(model) if layer.frozen_bank}
+
+
+@torch.no_grad()
+def update_bank(model, banks, adapter_id):
+    """Freeze again after adapter `adapter_id` was added, replaced or removed.
+
+    banks: frozen_banks(model) before that. One row is written in place where the adapter fits their
+    rows, ranks and parts, so that CUDA graphs over them stay valid; else all are stacked anew.
+    Returns True if in place.
+    """
+    for layer, bank in banks.items():
+        layer.frozen_bank = bank
+    if (all(layer in banks for _, layer in adapter_layers(model) if layer.adapters)
+            and all(layer.write_row(adapter_id) for layer in banks)):
+        return True
+    rows = max((len(part) for bank in banks.values() for part in bank if part is not None), default=1)
+    freeze_bank(model, capacity=rows - 1)
+    return False
+
+
+def gather(model, adapter_ids):
+    """{layer: its adapters' rows for int64 adapter_ids [b]}, to pass in the place of adapter_ids for
+    as many decoding steps as the batch keeps its composition."""
+    return {layer: layer.gather(adapter_ids) for _, layer in adapter_layers(model)
+            if layer.adapters or layer.frozen_bank}
 
 
 @torch.no_grad()

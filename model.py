@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear, BadInput, save_tensors
+from flora import AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, save_tensors
 
 
 @dataclass
@@ -51,19 +51,20 @@ PRESETS = {
 def attend(q, k, v, mask=None, flash=True):
     """Multi-query attention: q [B, H, T, D] over one key/value head k, v [B, S, D] -> [B, H, T, D].
 
-    mask: bool [B, T, S], True where a query may look; None is causal, with S = T.
-    flash=False writes the scores out, as the paper's measurements did (no FlashAttention).
+    mask [B, T, S], in q's dtype: 0 where a query may look, else -inf; None is causal, with S = T.
+    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). With one
+    key head all query heads are rows of one matmul, which for one token on a CPU is the faster way.
     """
     B, H, T, D = q.shape
-    k, v = k[:, None].expand(B, H, -1, D), v[:, None].expand(B, H, -1, D)
     mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
-    if flash:
+    if flash and not (T == 1 and q.device.type == "cpu"):
+        k, v = k[:, None].expand(B, H, -1, D), v[:, None].expand(B, H, -1, D)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
-        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.mT).float() / D**0.5                                      # [B, H, T, S]
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return weights.to(q.dtype) @ v
+        mask = torch.full((T, T), float("-inf"), device=q.device).triu(1)
+    scores = (q.reshape(B, H * T, D) @ k.mT).view(B, H, T, -1)
+    weights = torch.add(mask, scores.float(), alpha=D**-0.5).softmax(-1).to(q.dtype)   # [B, H, T, S]
+    return (weights.view(B, H * T, -1) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -75,20 +76,17 @@ class Attention(nn.Module):
         self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)  # rows: [query C | key D | value D]
         self.c_proj = AdapterLinear(C, C)
 
-    def forward(self, x, adapter_ids, kv_cache, positions):
+    def forward(self, x, adapter_ids, kv_cache, index, mask):
         B, T, C = x.shape
         D = self.head_dim
         q, k, v = self.c_attn(x, adapter_ids).split([C, D, D], dim=-1)
         q = q.view(B, T, self.n_head, D).transpose(1, 2)                      # [B, H, T, D]
-        mask = None
         if kv_cache is not None:  # [2, B, S, D]
-            if positions is None:  # prefill: the cache is empty, attend among the new tokens
+            if index is None:  # prefill: the cache is empty, attend among the new tokens
                 kv_cache[0, :, :T], kv_cache[1, :, :T] = k, v
-            else:                  # decode: attend to all that each row has cached so far
-                rows = torch.arange(B, device=x.device)[:, None]
-                kv_cache[0, rows, positions], kv_cache[1, rows, positions] = k, v
+            else:              # decode: attend to all that each row has cached so far
+                kv_cache[0][index], kv_cache[1][index] = k, v
                 k, v = kv_cache
-                mask = torch.arange(k.shape[1], device=x.device) <= positions[:, :, None]
         y = attend(q, k, v, mask, self.flash)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C), adapter_ids)
 
@@ -112,8 +110,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, adapter_ids=None, kv_cache=None, positions=None):
-        x = x + self.attn(self.ln_1(x), adapter_ids, kv_cache, positions)
+    def forward(self, x, adapter_ids=None, kv_cache=None, index=None, mask=None):
+        x = x + self.attn(self.ln_1(x), adapter_ids, kv_cache, index, mask)
         return x + self.mlp(self.ln_2(x), adapter_ids)
 
 
@@ -126,6 +124,7 @@ class GPT(nn.Module):
             raise BadInput(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
         self.gradient_checkpointing = False   # recompute each block in backward, to save memory
+        self.packed = None                    # flora.PackedCopies once it serves on a CPU
         self._fingerprint = None
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -149,17 +148,22 @@ class GPT(nn.Module):
         wpe = self.transformer.wpe
         x = self.transformer.wte(ids)                                         # [B, T, C]
         x = x + (wpe.weight[:T] if positions is None else wpe(positions))
+        index = mask = None
+        if positions is not None and kv_cache is not None:
+            index = torch.arange(B, device=ids.device)[:, None], positions     # where k and v go
+            unseen = torch.arange(kv_cache.shape[3], device=ids.device) > positions[:, :, None]
+            mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
         for i, block in enumerate(self.transformer.h):
             layer_cache = None if kv_cache is None else kv_cache[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, adapter_ids, use_reentrant=False)
             else:
-                x = block(x, adapter_ids, layer_cache, positions)
+                x = block(x, adapter_ids, layer_cache, index, mask)
         return self.transformer.ln_f(x)
 
     def lm_head(self, x):
         """x [..., C] -> logits [..., vocab_size], by the tied input embedding."""
-        return F.linear(x, self.transformer.wte.weight)
+        return matmul(x, packed_columns(self.transformer.wte.weight, self.packed))
 
     def forward(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """ids int64 [B, T] -> logits [B, T, vocab_size], in the model's dtype.
@@ -182,6 +186,15 @@ class GPT(nn.Module):
         """Choose F.scaled_dot_product_attention (True) or plain math (False), as `attend` explains."""
         for block in self.transformer.h:
             block.attn.flash = flash
+
+    def pack(self):
+        """Serve with packed weights where that is faster (flora.matmul): on a CPU, in float32. Costs
+        a second copy of the weights, made at first use; training ignores it."""
+        weight = self.transformer.wte.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and self.packed is None \
+                and torch.backends.mkldnn.is_available():
+            for module in [self, *(layer for _, layer in adapter_layers(self))]:
+                module.packed = PackedCopies()
 
     def base_parameters(self):
         """{name: parameter} of the base model, adapters left out."""
