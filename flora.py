@@ -11,7 +11,8 @@ adapter i. In the paper's shapes B_i is [d, r] and A_i is [r, k]:
 PEFT names the LoRA factors the other way round: its lora_A is our Bᵀ, its lora_B our Aᵀ.
 
 Reading order: the three methods as functions, one adapter of one projection (`Adapter`), a linear
-layer with a bank of them (`AdapterLinear`), then verbs on a whole model: add, save, load, merge.
+layer with a bank of them (`AdapterLinear`), then verbs on a whole model: add, save, load, merge; last,
+the forms in which a layer may hold W0 for serving, all multiplied by `matmul`.
 """
 import json
 import os
@@ -43,56 +44,10 @@ class BadInput(ValueError):
 # ------------------------------------------------------------------------------ the three methods
 
 
-class Packed(NamedTuple):
-    """W0 [d, k] in oneDNN's own layout. CPU, float32, no gradient."""
-    weight: torch.Tensor
-
-
-class Int8(NamedTuple):
-    """W0 [d, k] as whole numbers times a scale per output column."""
-    values: torch.Tensor   # int8 [d, k]
-    scale: torch.Tensor    # [k], in the dtype of the activations
-
-
-class PackedCopies(dict):
-    """{(lo, hi): Packed} of one weight. Copied or pickled it is empty: oneDNN's tensors allow neither."""
-
-    def __reduce__(self):
-        return PackedCopies, ()
-
-
-def packed_columns(weight, packed, lo=0, hi=None):
-    """Columns [lo, hi) of W0 for `matmul`, weight being W0ᵀ [k, d]: packed, and kept in
-    `packed` until the weight changes; a plain view if packed is None or gradients are enabled."""
-    if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return weight.T[:, lo:hi]
-    now = weight.data_ptr(), weight._version
-    if packed.get("weight") != now:
-        packed.clear()
-        packed["weight"] = now
-    if (lo, hi) not in packed:
-        packed[lo, hi] = Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach()[lo:hi], None))
-    return packed[lo, hi]
-
-
-def matmul(x, W0, bias=None):
-    """x [..., d] @ W0 [d, k] (+ bias [k]) -> [..., k], for every form in which a layer holds W0.
-
-    PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
-    once makes the few rows of a decoding step 1.5-3 times as fast (README).
-    """
-    if isinstance(W0, Packed):
-        return torch.ops.mkldnn._linear_pointwise(x, W0.weight, bias, "none", [], "")
-    if isinstance(W0, Int8):
-        y = F.linear(x, W0.values.T.to(x.dtype)) * W0.scale.to(x.dtype)
-        return y if bias is None else y + bias
-    return F.linear(x, W0.T, bias)
-
-
 def flora_expand(x, W0, A, B):
     """Eq. 6: Y = A ∘ ((B ∘ X) W0). One shared matmul of r rows per token, no bmm.
 
-    x [..., d], W0 [d, k] (or Packed, or Int8), A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
+    x [..., d], W0 [d, k], A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
     A and B hold each token's own adapter, as rows. For r > 1 the paper takes a mean over the r
     components; here A already carries the 1/r, so that one batch may pad several ranks with zeros.
     """
@@ -471,17 +426,6 @@ def remove_adapter(model, adapter_id):
 
 
 @torch.no_grad()
-def quantize_int8(model):
-    """Hold the projections of the base as int8, rounded to nearest, one scale per output (weight-only:
-    activations and matmul keep their dtype). Adapters, embeddings and LayerNorms stay as they are."""
-    model.fingerprint  # read before the weights change: adapters belong to the model as it was stored
-    for _, layer in adapter_layers(model):
-        scale = layer.weight.abs().amax(1).float() / 127                      # [k]
-        values = (layer.weight / scale[:, None]).round().to(torch.int8)
-        layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), scale.to(layer.weight.dtype)
-
-
-@torch.no_grad()
 def freeze_bank(model, capacity=0):
     """Stack the adapters once, for serving: forward then only gathers rows. Adding one undoes it.
 
@@ -604,3 +548,63 @@ def load_adapter(model, file):
                            f"this model needs {list(p.shape)}")
         p.data.copy_(tensors[name])
     return attach(model, adapters)
+
+
+# ------------------------------------------------------------------ the forms in which a layer holds W0
+
+
+class Packed(NamedTuple):
+    """W0 [d, k] in oneDNN's own layout. CPU, float32, no gradient."""
+    weight: torch.Tensor
+
+
+class Int8(NamedTuple):
+    """W0 [d, k] as whole numbers times a scale per output column."""
+    values: torch.Tensor   # int8 [d, k]
+    scale: torch.Tensor    # [k], in the dtype of the activations
+
+
+class PackedCopies(dict):
+    """{(lo, hi): Packed} of one weight. Copied or pickled it is empty: oneDNN's tensors allow neither."""
+
+    def __reduce__(self):
+        return PackedCopies, ()
+
+
+def packed_columns(weight, packed, lo=0, hi=None):
+    """Columns [lo, hi) of W0 for `matmul`, weight being W0ᵀ [k, d]: packed, and kept in
+    `packed` until the weight changes; a plain view if packed is None or gradients are enabled."""
+    if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return weight.T[:, lo:hi]
+    now = weight.data_ptr(), weight._version
+    if packed.get("weight") != now:
+        packed.clear()
+        packed["weight"] = now
+    if (lo, hi) not in packed:
+        packed[lo, hi] = Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach()[lo:hi], None))
+    return packed[lo, hi]
+
+
+def matmul(x, W0, bias=None):
+    """x [..., d] @ W0 [d, k] (+ bias [k]) -> [..., k], for every form in which a layer holds W0.
+
+    PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
+    once makes the few rows of a decoding step 1.5-3 times as fast (README).
+    """
+    if isinstance(W0, Packed):
+        return torch.ops.mkldnn._linear_pointwise(x, W0.weight, bias, "none", [], "")
+    if isinstance(W0, Int8):
+        y = F.linear(x, W0.values.T.to(x.dtype)) * W0.scale.to(x.dtype)
+        return y if bias is None else y + bias
+    return F.linear(x, W0.T, bias)
+
+
+@torch.no_grad()
+def quantize_int8(model):
+    """Hold the projections of the base as int8, rounded to nearest, one scale per output (weight-only:
+    activations and matmul keep their dtype). Adapters, embeddings and LayerNorms stay as they are."""
+    model.fingerprint  # read before the weights change: adapters belong to the model as it was stored
+    for _, layer in adapter_layers(model):
+        scale = layer.weight.abs().amax(1).float() / 127                      # [k]
+        values = (layer.weight / scale[:, None]).round().to(torch.int8)
+        layer.weight, layer.scale = nn.Parameter(values, requires_grad=False), scale.to(layer.weight.dtype)
