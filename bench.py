@@ -399,7 +399,7 @@ def draw(file, result):
                     axis.plot([], [], color="grey", linestyle=style, label=label)
         axis.set(xlabel="Rank", title=title)
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.suptitle(f"{result['model']['name']}, {result['dtype']}, {result['machine']['gpu'] or result['machine']['cpu']}, "
                     f"{result['workload']['slots']} slots", fontsize=9)
     figure.tight_layout()
@@ -431,7 +431,7 @@ def parse_args(argv=None):
     add("--quantize", choices=["int8"], help="weight-only base")
     add("--attention", choices=["flash", "math"], default="flash", help="math: as the paper measured")
     add("--compile", action="store_true", help="decode with torch.compile; its time is reported apart")
-    add("--num-requests", type=int, help="default: 1,000, on a CPU 48")
+    add("--num-requests", type=int, help="default: 1,000, on a CPU 32")
     add("--scale", type=float, help="multiply all lengths by this (default: 1, on a CPU 0.25)")
     add("--dataset", metavar="FILE", help="ShareGPT's JSON format (default: a synthetic mixture)")
     add("--num-adapters", type=int, default=32, help="distinct adapters; request i runs number i modulo this")
@@ -440,7 +440,7 @@ def parse_args(argv=None):
     add("--request-rate", type=float, nargs="+", help="arrivals a second for latency (default: 0.5 and 1.5 "
         "times what the base model serves)")
     add("--layer-tokens", type=int, nargs="+", default=[1, 64, 256], help="tokens an example, for layer")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=3, help="rounds; latency takes one, its spread is over the requests")
     add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
@@ -477,7 +477,7 @@ def main():
     model.set_attention(args.attention == "flash")
     if args.quantize:
         flora.quantize_int8(model)
-    args.num_requests = args.num_requests or (1000 if on_gpu else 48)
+    args.num_requests = args.num_requests or (1000 if on_gpu else 32)
     args.slots = args.slots or (64 if on_gpu else 8)
     args.scale = args.scale or min(1.0 if on_gpu else 0.25, model.config.n_positions / 2000)
     workload = make_workload(args, model.config, None if args.random_weights or not args.dataset
@@ -541,7 +541,7 @@ def main():
                 args.request_rate = [float(f"{share * capacity:.2g}") for share in (0.5, 1.5)]
             for rate in args.request_rate:
                 arrivals = np.random.default_rng(args.seed).exponential(1 / rate, len(workload)).cumsum()
-                rows += in_turns(variants, "latency", rate, args.repeats, lambda v: run(v, 2560, arrivals), warm_up)
+                rows += in_turns(variants, "latency", rate, 1, lambda v: run(v, 2560, arrivals), warm_up)
     result["rows"] = rows
     layer = model.transformer.h[0].attn.c_attn
     result["eq7"] = dict(predicted=predict_inflection(layer, args.slots, 1, device, dtype),
