@@ -91,7 +91,7 @@ def own_rows(adapter_ids, bank):
 
 
 # What making W0 ∘ ΔW once costs, in rows of the plain matmul. Below it Eq. 6 is cheaper.
-# CPU: from timings of 1024 x 1024 projections on 2 cores. CUDA: an estimate from reading and writing W0
+# CPU: from rough timings of 1024 x 1024 projections on 2 cores. CUDA: an estimate from reading and writing W0
 # at memory speed against the matmul rate of an H100; not measured.
 MATERIALISE_COST = {"cpu": 128, "cuda": 1024}
 
@@ -591,7 +591,7 @@ def matmul(x, W0, bias=None):
     """x [..., d] @ W0 [d, k] (+ bias [k]) -> [..., k], for every form in which a layer holds W0.
 
     PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
-    once makes the few rows of a decoding step 1.5-3 times as fast (README).
+    once spares the few rows of a decoding step that work where d and k are large.
     """
     if isinstance(W0, Packed):
         return torch.ops.mkldnn._linear_pointwise(x, W0.weight, bias, "none", [], "")
