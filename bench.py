@@ -318,8 +318,6 @@ def bench_layer(model, sets, variants, args, device, dtype):
             return dict(tokens_per_second=args.slots * T / seconds(lambda: layer(x, adapter_ids), device, repeats=3))
         found = in_turns(variants, "layer", None, args.repeats, run, dict.fromkeys(variants, 0.0))
         rows += [row | dict(batch=args.slots, tokens=T) for row in found]
-        for row in found:
-            row["batch"], row["tokens"] = args.slots, T
     install(model, None)
     return rows
 

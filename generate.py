@@ -510,6 +510,14 @@ def serve(args, model, tokenizer):
           f"tokens/s, {engine.slots} slots, {args.dtype} on {args.device}", file=sys.stderr)
 
 
+def load_model(args):
+    """The model and the tokenizer that the flags name."""
+    tokenizer = Tokenizer(args.weights)
+    model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
+    model.set_attention(args.attention == "flash")
+    return model, tokenizer
+
+
 def load_adapters(model, names):
     """{name: adapter id} of adapter files and "none"; stacked into the bank."""
     loaded = {"none": BASE}
@@ -568,9 +576,7 @@ def one_each(values, n, what):
 def main():
     args = parse_args()
     if args.requests:
-        model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
-        model.set_attention(args.attention == "flash")
-        return serve(args, model, Tokenizer(args.weights))
+        return serve(args, *load_model(args))
     prompts = list(args.prompt)
     for file in args.prompt_file:
         try:
@@ -584,9 +590,7 @@ def main():
         prompts = prompts * len(names)
     names = one_each(names, len(prompts), "--adapter")
 
-    tokenizer = Tokenizer(args.weights)
-    model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
-    model.set_attention(args.attention == "flash")
+    model, tokenizer = load_model(args)
     loaded = load_adapters(model, names)
     adapter_ids = [loaded[name] for name in names] if len(loaded) > 1 else None
 
