@@ -11,8 +11,9 @@ adapter i. In the paper's shapes B_i is [d, r] and A_i is [r, k]:
 PEFT names the LoRA factors the other way round: its lora_A is our Bᵀ, its lora_B our Aᵀ.
 
 Reading order: the three methods as functions, one adapter of one projection (`Adapter`), a linear
-layer with a bank of them (`AdapterLinear`), then verbs on a whole model: add, save, load, merge; last,
-the forms in which a layer may hold W0 for serving, all multiplied by `matmul`.
+layer with a bank of them (`AdapterLinear`), then verbs on a whole model: add, merge, save, load; PEFT's
+folders; last, the forms in which a layer may hold W0 for serving, all
+multiplied by `matmul`.
 """
 import json
 import os
@@ -517,20 +518,52 @@ def save_tensors(tensors, file, metadata):
     os.replace(f"{file}.tmp", file)
 
 
-def load_adapter(model, file):
-    """Add the adapter that save_adapter wrote to `file`; returns its id.
+def read_json(file):
+    try:
+        with open(file, encoding="utf-8") as f:
+            value = json.load(f)
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+        return value
+    except FileNotFoundError:
+        raise BadInput(f"{file}: no such file") from None
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{file}: not readable as JSON ({e})") from None
 
-    Raises BadInput if the file is missing, truncated or no adapter, if its kind is unknown, if it
-    was trained on another base, or if a tensor is missing, left over or of the wrong shape.
-    """
+
+def write_json(file, value):
+    """Write a JSON file whole: under a temporary name, then renamed."""
+    try:
+        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1)
+            f.write("\n")
+        os.replace(f"{file}.tmp", file)
+    except OSError as e:
+        raise BadInput(f"{file}: cannot be written ({e.strerror})") from None
+
+
+def load_tensors(file):
+    """A safetensors file of an adapter -> ({name: CPU tensor}, its "flora_adapter" metadata or None)."""
     if not os.path.isfile(file):
         raise BadInput(f"{file}: no such adapter file")
     try:
         with safe_open(file, "pt") as f:
             metadata = json.loads((f.metadata() or {}).get("flora_adapter", "null"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+            return {name: f.get_tensor(name) for name in f.keys()}, metadata
     except (SafetensorError, json.JSONDecodeError) as e:
         raise BadInput(f"{file}: not a readable safetensors file ({e}); copy or train it again") from e
+
+
+def load_adapter(model, file):
+    """Add the adapter that save_adapter wrote to `file`, or the LoRA or IA3 of a PEFT folder
+    (load_peft); returns its id.
+
+    Raises BadInput if the file is missing, truncated or no adapter, if its kind is unknown, if it
+    was trained on another base, or if a tensor is missing, left over or of the wrong shape.
+    """
+    if os.path.isdir(file):
+        return load_peft(model, file)
+    tensors, metadata = load_tensors(file)
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
     if metadata["base"] != model.fingerprint:
@@ -541,15 +574,117 @@ def load_adapter(model, file):
                                  metadata["alpha"])
     except BadInput as e:
         raise BadInput(f"{file}: {e}") from None
-    parameters = {f"{name}.{p}": t for name, a in adapters.items() for p, t in a.named_parameters()}
-    for name in sorted(parameters.keys() ^ tensors.keys()):
-        raise BadInput(f"{file}: tensor {name} is {'missing' if name in parameters else 'unexpected'}")
-    for name, p in parameters.items():
-        if p.shape != tensors[name].shape:
-            raise BadInput(f"{file}: {name} has shape {list(tensors[name].shape)}, "
-                           f"this model needs {list(p.shape)}")
-        p.data.copy_(tensors[name])
+    fill({f"{name}.{p}": t.data for name, a in adapters.items() for p, t in a.named_parameters()}, tensors, file)
     return attach(model, adapters)
+
+
+def fill(wanted, tensors, file):
+    """Copy `tensors`, read from `file`, into the tensors of the same names in `wanted`, one for one."""
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        raise BadInput(f"{file}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape:
+            raise BadInput(f"{file}: {name} has shape {list(tensors[name].shape)}, "
+                           f"this model needs {list(tensor.shape)}")
+        tensor.copy_(tensors[name])
+
+
+# --------------------------------------------------------------------------------- PEFT's folders
+
+# Keys of adapter_config.json that may say what they like: they change no output. "r", "lora_alpha",
+# "use_rslora" and the modules are read; any other key must be empty, since what it asks for would be lost.
+PEFT_KEYS = {"r", "lora_alpha", "use_rslora", "target_modules", "feedforward_modules", "peft_type", "task_type",
+             "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+             "lora_dropout", "init_ia3_weights", "megatron_core", "qalora_group_size"}
+PEFT_VALUES = {"bias": ["none"],  # PiSSA, OLoRA, CorDA and LoftQ, as init_lora_weights, change the base
+               "init_lora_weights": [True, "gaussian", "orthogonal", "eva"]}
+
+
+def peft_tensors(adapters):
+    """{PEFT's name: view of our tensor in PEFT's shape} of {layer name: Adapter}, LoRA or IA3."""
+    views = {}
+    for name, a in adapters.items():
+        key = f"base_model.model.{name}."
+        if a.kind == "ia3":  # [1, in] scales the inputs, [out, 1] the outputs
+            views[key + "ia3_l"] = a.l.data[None] if a.scales_input else a.l.data[:, None]
+        else:
+            views[key + "lora_A.weight"], views[key + "lora_B.weight"] = a.B.data.T, a.A.data.T
+    return views
+
+
+def load_peft(model, folder):
+    """Add the LoRA or IA3 of a PEFT folder (adapter_config.json, adapter_model.safetensors); returns its id.
+
+    PEFT records the base model's name alone, so that another base of the same shapes goes unnoticed.
+    Raises BadInput, naming file and key, for what an Adapter cannot represent and for tensors that do not fit.
+    """
+    file, weights = (os.path.join(folder, f) for f in ("adapter_config.json", "adapter_model.safetensors"))
+    config = read_json(file)
+    kind = {"LORA": "lora", "IA3": "ia3"}.get(config.get("peft_type"))
+    if kind is None:
+        raise BadInput(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA and IA3 can be loaded")
+    for key, value in config.items():
+        if value and key not in PEFT_KEYS and value not in PEFT_VALUES.get(key, []):
+            raise BadInput(f"{file}: {key} is {value!r}, which cannot be represented here; "
+                           "train without it, or merge the adapter into the base in PEFT")
+    if not os.path.isfile(weights) and os.path.isfile(os.path.join(folder, "adapter_model.bin")):
+        raise BadInput(f"{folder}/adapter_model.bin is a pickle, which is not opened; load it in PEFT and save it "
+                       "again as safetensors")
+    rank, alpha, modules = config.get("r"), config.get("lora_alpha", 8), config.get("target_modules")
+    if not isinstance(alpha, (int, float)):
+        raise BadInput(f"{file}: lora_alpha is {alpha!r}; it must be a number")
+    if not (isinstance(modules, list) and modules and all(isinstance(m, str) for m in modules)):
+        raise BadInput(f"{file}: target_modules is {modules!r}; it must list the names of projections")
+    names = {m: [n for n, _ in adapter_layers(model) if f".{n}".endswith(f".{m}")] for m in modules}
+    for module in (m for m in modules if not names[m]):
+        raise BadInput(f"{file}: target_modules names {module!r}, which is none of this model's projections: "
+                       f"{', '.join(sorted({n.split('.', 3)[-1] for n, _ in adapter_layers(model)}))}")
+    named = {n for found in names.values() for n in found}
+    targets = dict.fromkeys(next(t for t in TARGETS if n.endswith("." + TARGETS[t])) for n in sorted(named))
+    try:
+        adapters = make_adapters(model, kind, rank, list(targets), alpha)
+    except BadInput as e:
+        raise BadInput(f"{file}: {e}") from None
+    for name in sorted(adapters.keys() - named):
+        raise BadInput(f"{file}: target_modules leaves out {name} but not the same projection of all other layers; "
+                       "an adapter here has all or none of them")
+    if config.get("use_rslora"):  # alpha / sqrt(r) in the place of alpha / r
+        for adapter in adapters.values():
+            adapter.alpha = alpha * rank**0.5
+    fill(peft_tensors(adapters), load_tensors(weights)[0], weights)
+    return attach(model, adapters)
+
+
+def save_peft(model, adapter_id, folder, base_name=None):
+    """Write a LoRA or IA3 as a folder that PEFT opens, float32.
+
+    base_name: the base model for PEFT to load, a folder or a name on the hub. An adapter of some of a
+    projection's columns (c_attn.qk) is written over all of them, as zeros (LoRA) or ones (IA3) there.
+    """
+    adapters = adapters_of(model, adapter_id)
+    first = next(iter(adapters.values()))
+    if first.kind not in ("lora", "ia3"):
+        raise BadInput(f"adapter {adapter_id} is of kind {first.kind}, which PEFT does not have; write it into the "
+                       "base by flora.merge_adapter and save that by GPT.save_pretrained")
+    modules = list(dict.fromkeys(TARGETS[a.target] for a in adapters.values()))
+    config = dict(task_type="CAUSAL_LM", base_model_name_or_path=base_name, inference_mode=True,
+                  target_modules=modules)
+    if first.kind == "lora":
+        alpha = int(first.alpha) if first.alpha == int(first.alpha) else first.alpha
+        config |= dict(peft_type="LORA", r=first.rank, lora_alpha=alpha, bias="none")
+    else:
+        scaled_inputs = {TARGETS[a.target] for a in adapters.values() if a.scales_input}
+        config |= dict(peft_type="IA3", feedforward_modules=sorted(scaled_inputs))
+    tensors = peft_tensors(adapters)
+    for name, adapter in adapters.items():
+        k, (lo, hi) = model.get_submodule(name).out_features, adapter.columns
+        for key in (f"base_model.model.{name}.lora_B.weight", f"base_model.model.{name}.ia3_l"):
+            if key in tensors and hi - lo < k:  # [hi - lo, r or 1] -> [k, r or 1]
+                tensors[key] = F.pad(tensors[key], (0, 0, lo, k - hi), value=float(first.kind == "ia3"))
+    os.makedirs(folder, exist_ok=True)
+    save_tensors({key: t.contiguous().cpu() for key, t in tensors.items()},
+                 os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
+    write_json(os.path.join(folder, "adapter_config.json"), config)
 
 
 # ------------------------------------------------------------------ the forms in which a layer holds W0

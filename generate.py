@@ -536,7 +536,7 @@ def parse_args(argv=None):
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt from a file, - for standard input")
     add("--suffix", action="append", help="fill in the middle between prompt and this; one for all or one each")
     add("--adapter", action="append", default=[], metavar="FILE",
-        help="one for all prompts or one each; none is the base model")
+        help="a file, or a folder of PEFT; one for all prompts or one each; none is the base model")
     add("--max-new-tokens", type=int, default=64)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 keeps all")

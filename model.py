@@ -7,7 +7,6 @@ block are `flora.AdapterLinear`, so every row of a batch may run its own adapter
 Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, D = C / H.
 """
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -21,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, save_tensors
+from flora import (AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, read_json,
+                   save_tensors, write_json)
 
 
 @dataclass
@@ -277,19 +277,6 @@ def fingerprint(samples):
     return digest.hexdigest()[:16]
 
 
-def read_json(file):
-    try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except FileNotFoundError:
-        raise BadInput(f"{file}: no such file") from None
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{file}: not readable as JSON ({e})") from None
-
-
 def read_config(folder):
     """The GPTConfig of a Hugging Face folder; BadInput names the key that is not StarCoder's."""
     if not os.path.isdir(folder):
@@ -435,17 +422,6 @@ def get_device(name):
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
     return torch.device(name)
-
-
-def write_json(file, value):
-    """Write a JSON file whole: under a temporary name, then renamed."""
-    try:
-        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
-        os.replace(f"{file}.tmp", file)
-    except OSError as e:
-        raise BadInput(f"{file}: cannot be written ({e.strerror})") from None
 
 
 def run_main(main):
