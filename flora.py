@@ -12,7 +12,7 @@ PEFT names the LoRA factors the other way round: its lora_A is our Bᵀ, its lor
 
 Reading order: the three methods as functions, one adapter of one projection (`Adapter`), a linear
 layer with a bank of them (`AdapterLinear`), then verbs on a whole model: add, merge, save, load; PEFT's
-folders; last, the forms in which a layer may hold W0 for serving, all
+folders; a LoRA made into a FLoRA; last, the forms in which a layer may hold W0 for serving, all
 multiplied by `matmul`.
 """
 import json
@@ -685,6 +685,63 @@ def save_peft(model, adapter_id, folder, base_name=None):
     save_tensors({key: t.contiguous().cpu() for key, t in tensors.items()},
                  os.path.join(folder, "adapter_model.safetensors"), {"format": "pt"})
     write_json(os.path.join(folder, "adapter_config.json"), config)
+
+
+# ------------------------------------------------------------------------------- FLoRA from a LoRA (§6)
+
+
+def fit_flora(W0, W, rank, rounds=10):
+    """The best W0 ∘ BA for a given W, both [d, k], in the Frobenius norm: argmin ‖W0 ∘ BA - W‖.
+
+    A low-rank approximation of W / W0 weighted by W0²; alternating least squares in float64, from the
+    identity and the steepest directions away from it. With B fixed each column of A is a system of r
+    equations, and the other way round; each is solved with a slight pull to its last value, so that the
+    error never grows. -> (A [r, k], B [d, r], [the identity's error, the error after each round]).
+    """
+    W0, W = W0.double(), W.double()
+    B, A = W0.new_ones(W0.shape[0], rank), W0.new_zeros(rank, W0.shape[1])
+    A[0] = 1
+    steepest = torch.svd_lowrank(W0 * (W - W0), q=min(rank + 3, *W.shape), niter=4)[0][:, :rank - 1]
+    B[:, 1:1 + steepest.shape[1]] = steepest * len(B)**0.5                              # [d, r - 1]
+    squares, products = W0 * W0, W0 * W
+
+    def solve(weights, targets, fixed, last):
+        """argmin over x [n, r] of sum_m weights [n, m] (x · fixed [m, r])² - 2 targets [n, m] (x · fixed)."""
+        outer = (fixed[:, :, None] * fixed[:, None]).flatten(1)                         # [m, r r]
+        G = (weights @ outer).unflatten(1, (rank, rank))                                # [n, r, r]
+        pull = 1e-9 * G.diagonal(dim1=1, dim2=2).mean() + 1e-30
+        G = G + pull * torch.eye(rank, dtype=G.dtype, device=G.device)
+        return torch.linalg.solve(G, targets @ fixed + pull * last)
+
+    errors = [(W0 * (B @ A) - W).norm().item()]
+    for _ in range(rounds):
+        A = solve(squares.T, products.T, B, A.T).T
+        B = solve(squares, products, A.T, B)
+        errors.append((W0 * (B @ A) - W).norm().item())
+    return A, B, errors
+
+
+@torch.no_grad()
+def flora_from_lora(model, lora_id, rank):
+    """Add the FLoRA of `rank`, on the same targets, whose weights are nearest to a LoRA's (fit_flora).
+
+    Returns (its id, its error): ‖W0 ∘ BA / r - W‖ over all layers, relative to the ‖W0 - W‖ of the
+    base model, so that 0 is the LoRA itself and 1 no adapter at all.
+    """
+    loras = adapters_of(model, lora_id)
+    first = next(iter(loras.values()))
+    if first.kind != "lora":
+        raise BadInput(f"adapter {lora_id} is of kind {first.kind}; a FLoRA is fitted to a LoRA")
+    fitted = make_adapters(model, "flora", rank, list(dict.fromkeys(a.target for a in loras.values())), first.alpha)
+    before = after = 0.0
+    for name, lora in loras.items():
+        layer, (lo, hi) = model.get_submodule(name), lora.columns
+        W0 = (layer.weight if layer.scale is None else layer.weight * layer.scale[:, None]).T[:, lo:hi].double()
+        A, B, errors = fit_flora(W0, W0 + lora.alpha / lora.rank * (lora.B.double() @ lora.A.double()), rank)
+        fitted[name].A.copy_(A * rank)
+        fitted[name].B.copy_(B)
+        before, after = before + errors[0]**2, after + errors[-1]**2
+    return attach(model, fitted), (after / before)**0.5 if before else 0.0
 
 
 # ------------------------------------------------------------------ the forms in which a layer holds W0

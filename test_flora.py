@@ -896,6 +896,61 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     assert together != generate.generate(model, prompts, seed=4, **settings)
 
 
+# ----------------------------------------------------------------------------- a FLoRA from a LoRA
+
+
+def test_the_fit_recovers_what_flora_can_be_and_never_grows_worse():
+    torch.manual_seed(0)
+    W0, rank = torch.randn(12, 20), 3
+    W = W0 * (1 + torch.randn(12, rank - 1) @ torch.randn(rank - 1, 20))       # exactly W0 ∘ (rank 3)
+    A, B, errors = flora.fit_flora(W0, W, rank, rounds=100)
+    torch.testing.assert_close(W0 * (B @ A).float(), W, rtol=0, atol=1e-3)
+    lora = W0 + torch.randn(12, 2) @ torch.randn(2, 20)                        # what it cannot be
+    last = []
+    for rank in (1, 2, 4, 8, 12):
+        A, B, errors = flora.fit_flora(W0, lora, rank)
+        assert A.shape == (rank, 20) and B.shape == (12, rank)
+        assert errors[0] == pytest.approx((lora - W0).norm().item())           # the identity's
+        assert all(after <= before + 1e-9 * errors[0] for before, after in zip(errors, errors[1:]))
+        last.append(errors[-1])
+    assert last == sorted(last, reverse=True) and last[-1] < 1e-3 * errors[0]  # rank 12: all of it
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn.qk", "mlp.c_proj"]])
+def test_a_flora_of_full_rank_has_its_loras_logits(targets):
+    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([random_adapter(model, "lora", 2, targets, size=0.1)] * 2))
+    exact, error = flora.flora_from_lora(model, 1, 32)
+    assert error < 1e-3 and (model(ids, torch.tensor([exact] * 2)) - wanted).abs().max() < 1e-2
+    rank_2, error = flora.flora_from_lora(model, 1, 2)
+    assert 0.3 < error < 1 and [a.target for a in flora.adapters_of(model, rank_2).values()] == targets * 2
+    with pytest.raises(BadInput, match="adapter 2 is of kind flora; a FLoRA is fitted to a LoRA"):
+        flora.flora_from_lora(model, exact, 1)
+
+
+def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, tmp_path):
+    model = GPT.from_pretrained(tiny_folder).requires_grad_(False)
+    random_adapter(model, "lora", 1, size=0.1)
+    flora.save_adapter(model, 1, tmp_path / "lora.safetensors")
+    x, ones = torch.randint(0, 4096, (2, 32)), torch.ones(2, dtype=torch.int64)
+    assert train.distillation_loss(model, model, x, ones, ones).abs() < 1e-6   # a perfect student
+    flags = ["--adapter", "flora", "--rank", 2, "--from-lora", tmp_path / "lora.safetensors"]
+    fit = run_train(tiny_folder, tmp_path / "fit", *flags, "--steps", 0)
+    student = run_train(tiny_folder, tmp_path / "student", *flags)
+    for report in (fit, student):
+        kept = [report[f"heldout_loss_{name}"] for name in ("base", "after", "teacher")]
+        assert report["share_of_gain"] == (pytest.approx((kept[0] - kept[1]) / (kept[0] - kept[2]))
+                                           if kept[2] < kept[0] else None)
+    assert fit["heldout_loss_after"] == fit["heldout_loss_before"] == student["heldout_loss_before"]
+    divergence = []
+    for report in (fit, student):
+        i = flora.load_adapter(model, report["adapter_file"])
+        divergence.append(train.distillation_loss(model, model, x, ones * i, ones))
+    assert divergence[1] < 0.7 * divergence[0] < 0.7 * train.distillation_loss(model, model, x, 0 * ones, ones)
+    with pytest.raises(BadInput, match="was made with --from-lora .*lora.safetensors, not None"):
+        run_train(tiny_folder, tmp_path / "student", "--adapter", "flora", "--rank", 2, "--resume")
+
+
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -910,6 +965,11 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
     ("train", "--plot {short}/a.h", "a.h: not readable as JSON"),
+    ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
+    ("train", "--adapter ia3 --from-lora x", "--from-lora makes a FLoRA; it does not go with --adapter ia3"),
+    ("train", "--targets c_fc --from-lora x", "--from-lora takes the LoRA's targets; leave out --targets"),
+    ("train", "--from-lora {empty}/x", "x: no such adapter file"),
+    ("train", "--from-lora {flora1} --weights {base}", "adapter 1 is of kind flora; a FLoRA is fitted to a LoRA"),
     ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),

@@ -2,6 +2,7 @@
 
   python train.py --adapter flora --rank 1                      the embedded base learns C++
   python train.py --adapter lora --rank 8 --weights starcoderbase-1b --data src/ --ext .lua
+  python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors    a LoRA's copy
   torchrun --nproc-per-node=4 train.py --adapter flora          data-parallel, same global batch
 
 Writes OUT/adapter.safetensors (none: a Hugging Face folder), OUT/log.json and OUT/checkpoint.pt.
@@ -167,6 +168,16 @@ def loss_of(model, x, y, adapter_ids):
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
+def distillation_loss(model, base_model, x, adapter_ids, teacher_ids):
+    """Mean over all positions of x of KL(teacher ‖ student) in nats: both are adapters of one model.
+
+    base_model: the same model for the teacher, outside of DDP and compilation. x [B, T] has no labels."""
+    with torch.no_grad():
+        teacher = base_model(x, teacher_ids).flatten(0, 1).float().log_softmax(-1)      # [B T, vocab]
+    student = model(x, adapter_ids).flatten(0, 1).float().log_softmax(-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
 @torch.no_grad()
 def heldout_loss(model, x, y, adapter_id, autocast, device):
     """Mean held-out loss in nats per token."""
@@ -196,8 +207,8 @@ def peak_memory(device):
 
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "data", "ext", "steps", "batch_size", "grad_accum",
-               "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
+RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "data", "ext", "steps", "batch_size",
+               "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
 def save_checkpoint(file, step, trained, optimizer, log, args):
@@ -279,8 +290,16 @@ def train(args):
         groups = [dict(params=matrices, weight_decay=0.1),
                   dict(params=[p for p in trained.values() if p.dim() < 2], weight_decay=0.0)]
     else:
+        if args.from_lora:
+            teacher_id = flora.load_adapter(model, args.from_lora)
         model.requires_grad_(False)
-        adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha)
+        if args.from_lora:
+            tick = time.time()
+            adapter_id, fit_error = flora.flora_from_lora(model, teacher_id, args.rank)
+            fit_seconds = time.time() - tick
+            say(f"fitted to {args.from_lora} in {fit_seconds:.1f} s: relative error of the weights {fit_error:.4f}")
+        else:
+            adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha)
         trained = flora.adapter_parameters(model, adapter_id)
         # No decay: it would pull a multiplicative adapter to 0, and the identity is 1
         groups = [dict(params=list(trained.values()), weight_decay=0.0)]
@@ -291,7 +310,8 @@ def train(args):
         f"model's {total:,}")
 
     tokens_per_step = args.batch_size * args.grad_accum * args.block_size
-    tokens = np.concatenate(encode_texts(train_texts, tokenizer, args.steps * tokens_per_step))
+    budget = max(args.steps * tokens_per_step, args.block_size + 1)
+    tokens = np.concatenate(encode_texts(train_texts, tokenizer, budget))
     if len(tokens) <= args.block_size:
         raise BadInput(f"--data holds {len(tokens)} training tokens, fewer than --block-size "
                        f"{args.block_size}; give more files or a smaller block")
@@ -300,8 +320,8 @@ def train(args):
     say(f"{len(tokens):,} distinct training tokens; held-out: {held_tokens:,} tokens, {held_bytes:,} bytes")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
-    def evaluate():
-        return heldout_loss(model, x_held, y_held, adapter_id, autocast, device) if rank == 0 else 0.0
+    def evaluate(i=adapter_id):
+        return heldout_loss(model, x_held, y_held, i, autocast, device) if rank == 0 else 0.0
 
     def check_finite(name, value, step):
         if not math.isfinite(value):
@@ -326,6 +346,7 @@ def train(args):
     if args.compile:
         step_model = torch.compile(step_model)
     ids = None if adapter_id is None else torch.full((part.stop - part.start,), adapter_id, device=device)
+    teacher_ids = torch.full_like(ids, teacher_id) if args.from_lora else None
 
     # Training
     asked_to_stop, interrupted = torch.zeros(1), False
@@ -342,7 +363,8 @@ def train(args):
             last = micro == args.grad_accum - 1
             with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
                 with autocast:
-                    micro_loss = loss_of(step_model, x, y, ids) / args.grad_accum
+                    micro_loss = (distillation_loss(step_model, model, x, ids, teacher_ids) if args.from_lora
+                                  else loss_of(step_model, x, y, ids)) / args.grad_accum
                 micro_loss.backward()
             loss += micro_loss.detach()
         state = torch.cat([loss / world, asked_to_stop.to(device)])
@@ -387,6 +409,14 @@ def train(args):
         tokens_per_second=tokens_timed / seconds_timed if seconds_timed else None,
         seconds=log[-1]["seconds"], peak_memory_bytes=peak_memory(device),
         device=args.device, dtype=args.dtype, torch=torch.__version__, log=log)
+    if args.from_lora:
+        base, teacher = evaluate(flora.BASE), evaluate(teacher_id)
+        share = None if teacher >= base else (base - after) / (base - teacher)
+        targets = list(dict.fromkeys(a.target for a in flora.adapters_of(model, adapter_id).values()))
+        report |= dict(from_lora=args.from_lora, targets=targets, fit_error=fit_error, fit_seconds=fit_seconds,
+                       heldout_loss_base=base, heldout_loss_teacher=teacher, share_of_gain=share)
+        say(f"held-out loss of the base {base:.4f}, of the LoRA {teacher:.4f}; "
+            + ("the LoRA gains nothing" if share is None else f"{100 * share:.1f} % of its gain survives"))
     if rank == 0:
         if args.adapter == "none":
             model.save_pretrained(out, torch.float16)
@@ -443,6 +473,8 @@ def parse_args(argv=None):
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
+    add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this LoRA, and train "
+        "towards its predictions on --data (no labels); --steps 0 is the fit alone")
     add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
@@ -459,22 +491,27 @@ def parse_args(argv=None):
     add("--vocab-size", type=int, default=4096)
     add("--compile", action="store_true", help="torch.compile")
     add("--gradient-checkpointing", action="store_true")
-    add("--out", help="folder (default: out/ADAPTER-rRANK)")
+    add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora out/flora-rRANK-from-lora)")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--plot", nargs="+", metavar="JSON", help="no training: draw these runs' held-out losses into --out PNG")
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
     parser.set_defaults(weights=None)  # none without --weights starts from scratch
     args = parser.parse_args(argv)
     for flag in ("rank", "steps", "batch_size", "grad_accum", "block_size", "eval_tokens"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least 1")
-    if args.targets is None:
+        least = 0 if flag == "steps" and args.from_lora else 1
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least {least}")
+    if args.from_lora and args.adapter != "flora":
+        parser.error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
+    if args.from_lora and args.targets:
+        parser.error("--from-lora takes the LoRA's targets; leave out --targets")
+    if args.targets is None and not args.from_lora:
         args.targets = list(flora.DEFAULT_TARGETS.get(args.adapter, ()))
     args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     rank = f"-r{args.rank}" if args.adapter in ("flora", "lora") else ""
-    args.out = args.out or f"out/{args.adapter}{rank}"
+    args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
     return args
 
 
