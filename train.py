@@ -98,7 +98,7 @@ def split(texts, share=0.05):
         raise BadInput(f"--data holds {len(texts)} distinct readable text files after deduplication; "
                        "at least 2 are needed, one of them held out (check the path and --ext)")
     texts = sorted(texts, key=lambda text: hashlib.sha1(text.encode()).digest())
-    n = max(1, round(share * len(texts)))
+    n = max(1, min(4, len(texts) // 5), round(share * len(texts)))   # of a few files, more than one
     return texts[n:], texts[:n]
 
 
