@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from flora import BadInput
 from model import read_json, run_main, write_json
+from train import LEARNING_RATE
 
 HERE = Path(__file__).resolve().parent
-METHODS = {  # name in the tables: (flags of train.py, learning rates to choose from)
-    "flora-r1": ("--adapter flora --rank 1", (8e-3, 2e-2, 4e-2, 8e-2)),
-    "flora-r4": ("--adapter flora --rank 4", (8e-3, 2e-2, 4e-2, 8e-2)),
-    "lora-r1": ("--adapter lora --rank 1", (1e-3, 3e-3, 6e-3, 1.2e-2)),
-    "lora-r4": ("--adapter lora --rank 4", (1e-3, 3e-3, 6e-3, 1.2e-2)),
-    "ia3": ("--adapter ia3", (5e-3, 2e-2, 4e-2, 8e-2)),
-    "ia3-c_attn": ("--adapter ia3 --targets c_attn", (5e-3, 2e-2, 4e-2, 8e-2)),
+METHODS = {  # name in the tables: flags of train.py
+    "flora-r1": "--adapter flora --rank 1",
+    "flora-r4": "--adapter flora --rank 4",
+    "lora-r1": "--adapter lora --rank 1",
+    "lora-r4": "--adapter lora --rank 4",
+    "ia3": "--adapter ia3",
+    "ia3-c_attn": "--adapter ia3 --targets c_attn",
 }
 SITE = sysconfig.get_paths()["purelib"]
 LANGUAGES = {  # real code that the requirements bring: (folder, extensions)
@@ -98,33 +99,41 @@ def common_flags(args):
 
 
 def tune(args):
-    """-> {method: its learning rate of least held-out loss} on the first language, and the sweep itself."""
+    """Choose each method's learning rate by held-out loss on the first language: from train.py's default up by
+    factors of two to 8, and on in either direction while the last one tried is the best.
+
+    -> {method: {rate: held-out bits/byte}}
+    """
     name, data = corpus(args.languages[0])
-    runs = {f"{args.out}/tune/{method}/{lr:g}":
-            [*METHODS[method][0].split(), *data, *common_flags(args), "--lr", str(lr), "--seed", str(TUNE_SEED)]
-            for method in args.methods for lr in METHODS[method][1]}
-    logs, sweep = train_all(runs, args.jobs), {}
-    for method in args.methods:
-        sweep[method] = {lr: logs[f"{args.out}/tune/{method}/{lr:g}"]["heldout_bpb_after"] for lr in METHODS[method][1]}
-    print(f"\nlearning rates, tried on {name} with seed {TUNE_SEED}: held-out bits/byte (* is taken)")
-    best = {}
+    sweep = {method: {} for method in args.methods}
+    default = {method: LEARNING_RATE[METHODS[method].split()[1]] for method in args.methods}
+    wanted = {method: [lr, 2 * lr, 4 * lr, 8 * lr] for method, lr in default.items()}
+    while any(wanted.values()):
+        runs = {f"{args.out}/tune/{method}/{lr:g}":
+                [*METHODS[method].split(), *data, *common_flags(args), "--lr", f"{lr:g}", "--seed", str(TUNE_SEED)]
+                for method in wanted for lr in wanted[method]}
+        logs = train_all(runs, args.jobs)
+        for method, tried in sweep.items():
+            tried |= {lr: logs[f"{args.out}/tune/{method}/{lr:g}"]["heldout_bpb_after"] for lr in wanted[method]}
+            best = min(tried, key=tried.get)
+            wanted[method] = [2 * best] if best == max(tried) else [best / 2] if best == min(tried) else []
+    print(f"\nlearning rates, tried on {name} with seed {TUNE_SEED}: held-out bits/byte")
     for method, tried in sweep.items():
-        best[method] = min(tried, key=tried.get)
-        print(f"{method:>12}" + "".join(f"   {lr:g}: {bits:.4f}{'*' if lr == best[method] else ' '}"
-                                        for lr, bits in tried.items()))
-    return best, sweep
+        print(f"{method:>12}  " + "  ".join(f"{lr:g}: {tried[lr]:.4f}" for lr in sorted(tried)))
+    return sweep
 
 
 def losses(args):
     """Train every language x method x seed, print Table 1's form in bits per byte, draw it."""
-    best, sweep = tune(args)
+    sweep = tune(args)
+    best = {method: min(tried, key=tried.get) for method, tried in sweep.items()}
     languages, runs = dict(map(corpus, args.languages)), {}
     for language, data in languages.items():
         for method in args.methods:
             for seed in args.seeds:
                 runs[f"{args.out}/{language}/{method}/{seed}"] = [
-                    *METHODS[method][0].split(), *data, *common_flags(args),
-                    "--lr", str(best[method]), "--seed", str(seed)]
+                    *METHODS[method].split(), *data, *common_flags(args),
+                    "--lr", f"{best[method]:g}", "--seed", str(seed)]
     logs = train_all(runs, args.jobs)
 
     table = {}
