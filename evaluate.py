@@ -26,16 +26,15 @@ from model import read_json, run_main, write_json
 from train import LEARNING_RATE
 
 HERE = Path(__file__).resolve().parent
-METHODS = {  # name in the tables: flags of train.py
-    "flora-r1": "--adapter flora --rank 1",
-    "flora-r4": "--adapter flora --rank 4",
-    "lora-r1": "--adapter lora --rank 1",
-    "lora-r4": "--adapter lora --rank 4",
-    "ia3": "--adapter ia3",
-    "ia3-c_attn": "--adapter ia3 --targets c_attn",
+METHODS = {  # command: {name in its table, beginning with the adapter's kind: flags of train.py}
+    "losses": {"flora-r1": "--adapter flora --rank 1", "flora-r4": "--adapter flora --rank 4",
+               "lora-r1": "--adapter lora --rank 1", "lora-r4": "--adapter lora --rank 4",
+               "ia3": "--adapter ia3", "ia3-c_attn": "--adapter ia3 --targets c_attn"},
+    "toys": {"flora-r4": "--adapter flora --rank 4 --targets all", "lora-r4": "--adapter lora --rank 4 --targets all",
+             "ia3": "--adapter ia3 --targets all"},
 }
 SITE = sysconfig.get_paths()["purelib"]
-LANGUAGES = {  # real code that the requirements bring: (folder, extensions)
+CORPORA = {  # real code that the requirements bring: (folder, extensions)
     "cpp": (os.path.join(os.path.dirname(torch.__file__), "include"), ".h .hpp"),
     "cuda": (os.path.join(os.path.dirname(torch.__file__), "include"), ".cuh .cu"),
     "cmake": (SITE, ".cmake"),
@@ -46,13 +45,13 @@ TUNE_SEED = 100  # learning rates are chosen with a seed that no table shows
 
 def corpus(name):
     """"cpp", or "NAME=FOLDER:.EXT" for code of one's own -> (name, train.py's --data and --ext)."""
-    if name in LANGUAGES:
-        folder, extensions = LANGUAGES[name]
+    if name in CORPORA:
+        folder, extensions = CORPORA[name]
     else:
         name, _, place = name.partition("=")
         folder, _, extensions = place.rpartition(":")
         if not (folder and extensions):
-            raise BadInput(f"--languages {name}: use one of {', '.join(LANGUAGES)}, or NAME=FOLDER:.EXT")
+            raise BadInput(f"--languages {name}: use one of {', '.join(CORPORA)}, or NAME=FOLDER:.EXT")
     return name, ["--data", folder, "--ext", *extensions.split()]
 
 
@@ -89,81 +88,138 @@ def train_all(runs, jobs):
     return logs
 
 
-def common_flags(args):
-    return ["--weights", args.weights, "--dtype", args.dtype, "--device", args.device, "--steps", str(args.steps),
-            "--batch-size", str(args.batch_size), "--block-size", str(args.block_size),
-            "--eval-every", str(args.steps), "--eval-tokens", str(args.eval_tokens)]
-
-
 # ------------------------------------------------------------------------------- held-out losses
 
 
-def tune(args):
-    """Choose each method's learning rate by held-out loss on the first language: from train.py's default up by
-    factors of two to 8, and on in either direction while the last one tried is the best.
+def tune(args, data):
+    """Choose each method's learning rate by held-out loss on `data`: from train.py's default up by factors of two
+    to 8, and on in either direction while the last one tried is the best. Prints the sweep.
 
     -> {method: {rate: held-out bits/byte}}
     """
-    name, data = corpus(args.languages[0])
-    sweep = {method: {} for method in args.methods}
-    default = {method: LEARNING_RATE[METHODS[method].split()[1]] for method in args.methods}
+    methods = args.methods or list(METHODS[args.command])
+    sweep = {method: {} for method in methods}
+    default = {method: LEARNING_RATE[method.split("-")[0]] for method in methods}
     wanted = {method: [lr, 2 * lr, 4 * lr, 8 * lr] for method, lr in default.items()}
     while any(wanted.values()):
-        runs = {f"{args.out}/tune/{method}/{lr:g}":
-                [*METHODS[method].split(), *data, *common_flags(args), "--lr", f"{lr:g}", "--seed", str(TUNE_SEED)]
+        runs = {f"{args.out}/tune/{method}/{lr:g}": train_flags(args, method, data, lr, TUNE_SEED)
                 for method in wanted for lr in wanted[method]}
         logs = train_all(runs, args.jobs)
         for method, tried in sweep.items():
             tried |= {lr: logs[f"{args.out}/tune/{method}/{lr:g}"]["heldout_bpb_after"] for lr in wanted[method]}
             best = min(tried, key=tried.get)
             wanted[method] = [2 * best] if best == max(tried) else [best / 2] if best == min(tried) else []
-    print(f"\nlearning rates, tried on {name} with seed {TUNE_SEED}: held-out bits/byte")
+    print(f"\nlearning rates, tried on {args.languages[0]} with seed {TUNE_SEED}: held-out bits/byte")
     for method, tried in sweep.items():
         print(f"{method:>12}  " + "  ".join(f"{lr:g}: {tried[lr]:.4f}" for lr in sorted(tried)))
     return sweep
 
 
-def losses(args):
-    """Train every language x method x seed, print Table 1's form in bits per byte, draw it."""
-    sweep = tune(args)
+def train_flags(args, method, data, lr, seed):
+    """train.py's flags for one run."""
+    return [*METHODS[args.command][method].split(), *data, "--lr", f"{lr:g}", "--seed", str(seed),
+            "--weights", args.weights, "--dtype", args.dtype, "--device", args.device, "--steps", str(args.steps),
+            "--batch-size", str(args.batch_size), "--block-size", str(args.block_size),
+            "--eval-every", str(args.steps), "--eval-tokens", str(args.eval_tokens)]
+
+
+def train_table(args, languages):
+    """Tune on the first of {language: train.py's --data flags}, then train all languages x methods x seeds.
+
+    -> {language: {method: [log.json of each seed]}}, the sweep of `tune`
+    """
+    sweep = tune(args, next(iter(languages.values())))
     best = {method: min(tried, key=tried.get) for method, tried in sweep.items()}
-    languages, runs = dict(map(corpus, args.languages)), {}
-    for language, data in languages.items():
-        for method in args.methods:
-            for seed in args.seeds:
-                runs[f"{args.out}/{language}/{method}/{seed}"] = [
-                    *METHODS[method].split(), *data, *common_flags(args),
-                    "--lr", f"{best[method]:g}", "--seed", str(seed)]
-    logs = train_all(runs, args.jobs)
-
-    table = {}
-    for language in languages:
-        for method in args.methods:
-            runs_of_seeds = [logs[f"{args.out}/{language}/{method}/{seed}"] for seed in args.seeds]
-            bits = [log["heldout_bpb_after"] for log in runs_of_seeds]
-            table.setdefault(language, {"base": dict(mean=runs_of_seeds[0]["heldout_bpb_before"], spread=0.0)})
-            table[language][method] = dict(mean=float(np.mean(bits)), spread=float(np.std(bits, ddof=len(bits) > 1)),
-                                           seeds=bits, parameters=runs_of_seeds[0]["trainable_parameters"])
-    print_table(table, "held-out bits per byte (relative improvement) ± standard deviation over "
-                f"{len(args.seeds)} seeds", lambda base, x: (base - x) / base)
-    seconds = sum(log["seconds"] for log in logs.values())
+    logs = train_all({f"{args.out}/{language}/{method}/{seed}": train_flags(args, method, data, best[method], seed)
+                      for language, data in languages.items() for method in best for seed in args.seeds}, args.jobs)
     print(f"\n{len(logs)} trainings of {args.steps} steps of {args.batch_size} x {args.block_size} tokens, {args.dtype}, "
-          f"{args.jobs} at once; {seconds / len(logs):.0f} s each")
-    write_json(f"{args.out}/table.json", dict(table=table, sweep=sweep, learning_rates=best, seeds=args.seeds,
-               steps=args.steps, batch_size=args.batch_size, block_size=args.block_size, dtype=args.dtype,
-               torch=torch.__version__))
+          f"{args.jobs} at once, {np.mean([log['seconds'] for log in logs.values()]):.0f} s each")
+    return {language: {method: [logs[f"{args.out}/{language}/{method}/{seed}"] for seed in args.seeds]
+                       for method in best} for language in languages}, sweep
+
+
+def over_seeds(values, **more):
+    """Mean and standard deviation, a cell of a table."""
+    return dict(mean=float(np.mean(values)), spread=float(np.std(values, ddof=len(values) > 1)), seeds=values, **more)
+
+
+def finish(args, table, sweep, **more):
+    """Write a table and its sweep as JSON."""
+    settings = {key: getattr(args, key) for key in ("seeds", "steps", "batch_size", "block_size", "dtype", "weights")}
+    write_json(f"{args.out}/table.json", dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more))
+    print(f"\nwrote {args.out}/table.json and {args.png}")
+
+
+def losses(args):
+    """The command `losses`: Table 1's form, in held-out bits per byte."""
+    logs, sweep = train_table(args, dict(map(corpus, args.languages)))
+    table = {}
+    for language, methods in logs.items():
+        table[language] = {"base": over_seeds([next(iter(methods.values()))[0]["heldout_bpb_before"]])}
+        for method, seeds in methods.items():
+            table[language][method] = over_seeds([log["heldout_bpb_after"] for log in seeds],
+                                                 parameters=seeds[0]["trainable_parameters"])
+    print_accuracy(table, "held-out bits per byte (relative improvement) ± standard deviation over seeds",
+                   lambda base, x: f"{100 * (base - x) / base:+.1f} %")
     draw(args.png, table, "held-out bits per byte saved", lambda base, x: base - x)
-    print(f"wrote {args.out}/table.json and {args.png}")
+    finish(args, table, sweep)
 
 
-def print_table(table, title, relative):
+def toys(args):
+    """The command `toys`: pass@1 on held-out problems of a family made for small models, by execution.
+
+    A base model that has learnt the family in Python alone is adapted to each of the other languages.
+    """
+    require_consent(args)
+    problems, base = f"{args.out}/problems", f"{args.out}/base"
+    if not os.path.exists(f"{problems}/py.jsonl"):
+        subprocess.run([sys.executable, HERE / "fixtures" / "make_problems.py", problems], check=True)
+    held_out = {language: read_problems(f"{problems}/{language}.jsonl") for language in ("py", *args.languages)}
+    data = {language: ["--data", f"{problems}/{language}", "--keep-duplicates"] for language in held_out}
+    train_all({base: ["--adapter", "none", "--weights", args.weights, *data.pop("py"), "--lr", "1e-3", "--steps",
+                      str(args.base_steps), "--batch-size", str(args.batch_size), "--block-size", str(args.block_size),
+                      "--dtype", args.dtype, "--device", args.device, "--eval-every", str(args.base_steps)]}, 1)
+    args.weights = base
+    logs, sweep = train_table(args, data)
+
+    model, tokenizer = load_model(args)
+    def score(problems, adapter, file):
+        if not os.path.exists(file):
+            adapter_id = load_adapters(model, [adapter])[adapter]
+            counts = evaluate_problems(model, tokenizer, adapter_id, problems, args.samples, max_new_tokens=96,
+                                       temperature=0.1, slots=16)
+            if adapter_id:
+                flora.remove_adapter(model, adapter_id)
+            write_json(file, dict(counts=counts))
+        return float(np.mean([pass_at_k(args.samples, c.get("passed", 0), 1) for c in read_json(file)["counts"]]))
+
+    table, bar = {}, tqdm(total=len(data) * len(next(iter(logs.values()))) * len(args.seeds), unit="adapter")
+    in_python = score(held_out["py"], "none", f"{base}/pass.json")
+    for language, methods in logs.items():
+        table[language] = {"base": over_seeds([score(held_out[language], "none", f"{args.out}/{language}/pass.json")])}
+        for method, seeds in methods.items():
+            passed = []
+            for log in seeds:
+                passed.append(score(held_out[language], log["adapter_file"], log["adapter_file"].replace(
+                    "adapter.safetensors", "pass.json")))
+                bar.update()
+            table[language][method] = over_seeds(passed, parameters=seeds[0]["trainable_parameters"])
+    bar.close()
+    print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, which it was trained on")
+    print_accuracy(table, "pass@1 on held-out problems (change) ± standard deviation over seeds",
+                   lambda base, x: f"{x - base:+.4f}")
+    draw(args.png, table, "pass@1 on held-out problems", lambda base, x: x)
+    finish(args, table, sweep, base_in_python=in_python)
+
+
+def print_accuracy(table, title, change):
     """{row: {column: {mean, spread}}} as a Markdown table, each cell with its change from the base column."""
     columns = list(next(iter(table.values())))
     print(f"\n{title}\n\n| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for row, cells in table.items():
         base = cells["base"]["mean"]
         print(f"| {row} | {base:.4f} | " + " | ".join(
-            f"{c['mean']:.4f} ({100 * relative(base, c['mean']):+.1f} %) ± {c['spread']:.4f}"
+            f"{c['mean']:.4f} ({change(base, c['mean'])}) ± {c['spread']:.4f}"
             for name, c in cells.items() if name != "base") + " |")
 
 
@@ -192,8 +248,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("losses", help="held-out losses of every language x method x seed")
-    p.add_argument("--languages", nargs="+", default=list(LANGUAGES), metavar="LANGUAGE",
-                   help=f"{', '.join(LANGUAGES)}, or NAME=FOLDER:.EXT (default: all four); rates are tuned on the first")
+    p.add_argument("--languages", nargs="+", default=list(CORPORA), metavar="LANGUAGE",
+                   help=f"{', '.join(CORPORA)}, or NAME=FOLDER:.EXT (default: all four); rates are tuned on the first")
     p.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--steps", type=int, default=150)

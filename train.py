@@ -196,7 +196,7 @@ def peak_memory(device):
 
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "data", "ext", "steps", "batch_size", "grad_accum",
+RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "data", "ext", "keep_duplicates", "steps", "batch_size", "grad_accum",
                "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
@@ -249,7 +249,7 @@ def train(args):
     # Data and model
     files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
     texts, skipped = read_texts(files)
-    distinct = drop_near_duplicates(texts)
+    distinct = texts if args.keep_duplicates else drop_near_duplicates(texts)
     train_texts, heldout_texts = split(distinct)
     say(f"data: {len(files):,} files, {skipped:,} skipped (empty, binary or not UTF-8), "
         f"{len(texts) - len(distinct):,} near-duplicates dropped; "
@@ -443,6 +443,7 @@ def parse_args(argv=None):
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
+    add("--keep-duplicates", action="store_true", help="train on near-duplicates too: for texts made by a program")
     add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
