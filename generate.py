@@ -515,6 +515,8 @@ def load_model(args):
     tokenizer = Tokenizer(args.weights)
     model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
     model.set_attention(args.attention == "flash")
+    if args.quantize:
+        flora.quantize_int8(model)
     return model, tokenizer
 
 

@@ -197,7 +197,7 @@ def peak_memory(device):
 
 # What a checkpoint must share with the run that resumes it.
 RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "data", "ext", "keep_duplicates", "steps", "batch_size", "grad_accum",
-               "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
+               "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd", "quantize")
 
 
 def save_checkpoint(file, step, trained, optimizer, log, args):
@@ -271,6 +271,8 @@ def train(args):
         if args.block_size > model.config.n_positions:
             raise BadInput(f"--block-size {args.block_size} is more than the model's context of "
                            f"{model.config.n_positions} (n_positions in {folder}/config.json)")
+    if args.quantize:
+        flora.quantize_int8(model)
     tokenizer = Tokenizer(folder)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.adapter == "none":
@@ -386,7 +388,7 @@ def train(args):
         trainable_parameters=trainable, total_parameters=total,
         tokens_per_second=tokens_timed / seconds_timed if seconds_timed else None,
         seconds=log[-1]["seconds"], peak_memory_bytes=peak_memory(device),
-        device=args.device, dtype=args.dtype, torch=torch.__version__, log=log)
+        device=args.device, dtype=args.dtype, quantize=args.quantize, torch=torch.__version__, log=log)
     if rank == 0:
         if args.adapter == "none":
             model.save_pretrained(out, torch.float16)
@@ -397,6 +399,7 @@ def train(args):
             summary = {k: v for k, v in report.items() if k not in ("log", "adapter_file")}
             flora.save_adapter(model, adapter_id, file, summary)
             weights = f"--weights {shlex.quote(args.weights)} " if args.weights else ""
+            weights += f"--quantize {args.quantize} " if args.quantize else ""
             hint = f"{weights}--adapter {shlex.quote(file)}"
         for file in {str(out / "log.json"), args.json} - {None}:
             write_json(file, report)
@@ -469,6 +472,8 @@ def parse_args(argv=None):
     for flag in ("rank", "steps", "batch_size", "grad_accum", "block_size", "eval_tokens"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least 1")
+    if args.quantize and args.adapter == "none":
+        parser.error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
     if args.targets is None:
         args.targets = list(flora.DEFAULT_TARGETS.get(args.adapter, ()))
     args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
