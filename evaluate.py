@@ -167,11 +167,19 @@ def launch():
         resource.setrlimit(resource.RLIMIT_NPROC, (processes,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    def disk_used():
-        with suppress(OSError):
-            return sum(os.lstat(os.path.join(where, name)).st_blocks * 512
-                       for where, _, files in os.walk(folder) for name in files)
-        return 0
+    def disk_full():
+        used = entries = 0
+        try:
+            for where, folders, files in os.walk(folder):
+                entries += len(folders) + len(files)
+                if entries > 10000:
+                    return True
+                for name in files:
+                    with suppress(OSError):
+                        used += os.lstat(os.path.join(where, name)).st_blocks * 512
+        except RecursionError:  # folders in folders
+            return True
+        return used > spec["disk"]
 
     def children():
         for file in glob.glob("/proc/[0-9]*/stat"):
@@ -205,7 +213,7 @@ def launch():
         while code is None and (code := program.poll()) is None:
             if time.monotonic() > end:
                 code = "timeout"
-            elif not spec["namespaces"] and disk_used() > spec["disk"]:
+            elif not spec["namespaces"] and disk_full():
                 code = "disk"
             time.sleep(pause)
             pause = min(2 * pause, 0.05)

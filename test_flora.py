@@ -3,12 +3,16 @@
 Most tests use a tiny random model; those of the embedded model say so. Nothing here is timed.
 """
 import copy
+import gzip
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import bench
+import evaluate
 import flora
 import generate
 import train
@@ -1227,3 +1232,185 @@ def test_int8_base_is_close_and_adapters_run_on_it():
                 layer.path = path
             torch.testing.assert_close(model(ids, adapter_ids), exact(ids, adapter_ids), atol=1e-4, rtol=1e-4)
     assert generate.generate(model, [[1, 2]], [3], max_new_tokens=6)[0] == plain(exact, [1, 2], 3, 6)
+
+
+# ------------------------------------------------------------------------------ pass@k by execution
+
+
+def needs(language):
+    """Skip, saying what is missing, where a language cannot be run."""
+    try:
+        evaluate.interpreter_of(language)
+    except BadInput as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(params=["namespaces", "no namespaces"])
+def sandbox(request, monkeypatch):
+    """Both ways to contain programs, with small limits, and a file name that no other process has."""
+    if request.param == "namespaces" and evaluate.no_namespaces():
+        pytest.skip(f"namespaces are not to be had here: {evaluate.no_namespaces()}")
+    needs("py")
+    if request.param == "no namespaces":
+        monkeypatch.setattr(evaluate, "no_namespaces", lambda: "switched off by a test")
+    for name, value in dict(memory=256 << 20, file=1 << 20, disk=4 << 20).items():
+        monkeypatch.setitem(evaluate.LIMITS, name, value)
+    name = f"hostile-{os.getpid()}-{time.monotonic_ns()}.py"
+    monkeypatch.setitem(evaluate.LANGUAGES, "py", evaluate.LANGUAGES["py"]._replace(file=name))
+    return name
+
+
+HOSTILE = {  # (program, seconds it gets, outcomes that are right)
+    "forks without end": ("""
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass""", 1, {"timeout"}),
+    "leaves a daemon": ("""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(0)""", 60, {"passed"}),
+    "writes one large file": ("open('a', 'w').write('x' * 2**24)", 60, {"failed", "limit"}),
+    "writes many files": ("""
+for i in range(10**9):
+    open(f'{i}', 'w').write('x' * 2**19)""", 60, {"failed", "limit"}),
+    "prints without end": ("while True: print('x' * 10000)", 60, {"limit"}),
+    "prints without end and hides it": ("""
+while True:
+    try:
+        print('x' * 10000, flush=True)
+    except OSError:
+        pass""", 1, {"timeout", "limit"}),
+    "ignores SIGTERM": ("""
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)""", 0.5, {"timeout"}),
+    "takes memory without end": ("""
+hoard = []
+while True:
+    hoard.append(bytearray(10**7))""", 60, {"failed"}),
+    "exits before its tests": ("import os; os._exit(0)", 60, {"failed"}),
+    "prints and exits before its tests": ("print('ok'); raise SystemExit(0)", 60, {"failed"}),
+    "deletes its folder": ("import os, shutil; shutil.rmtree(os.getcwd(), ignore_errors=True)", 60, {"passed"}),
+    "nests folders without end": ("""
+import os
+for i in range(3000):
+    os.mkdir('d'); os.chdir('d')""", 60, {"passed", "failed", "limit"}),
+    "reads standard input": ("import sys; assert sys.stdin.read() == ''", 60, {"passed"}),
+}
+
+
+def left_over(name):
+    """Live processes with `name` on their command line, but for this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if name in (folder / "cmdline").read_text() and int(folder.name) != os.getpid():
+                found.append(folder.name)
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_program_neither_passes_nor_outlives_its_run(what, sandbox):
+    program, timeout, right = HOSTILE[what]
+    before = set(Path(tempfile.gettempdir()).glob("program-*"))
+    outcome = evaluate.run_program("py", program, timeout)
+    assert outcome.outcome in right, outcome
+    assert not left_over(sandbox)
+    assert not set(Path(tempfile.gettempdir()).glob("program-*")) - before
+
+
+def test_a_namespace_hides_network_processes_and_files(tmp_path, monkeypatch):
+    needs("py")
+    if evaluate.no_namespaces():
+        pytest.skip(f"namespaces are not to be had here: {evaluate.no_namespaces()}")
+    monkeypatch.setenv("SECRET", "1")
+    tmp_path.chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outcome = evaluate.run_program("py", f"""
+import os, signal, socket
+def refused(act, *args):
+    try:
+        act(*args)
+    except OSError:
+        return True
+assert refused(socket.create_connection, ("127.0.0.1", {server.getsockname()[1]}), 1)
+for file in ("{tmp_path}/a", "/tmp/a", "/dev/shm/a", "/var/tmp/a"):
+    assert refused(open, file, "w"), file
+open("own", "w").write("x")
+assert "SECRET" not in os.environ and refused(os.kill, {os.getpid()}, 0)
+os.kill(os.getppid(), signal.SIGSTOP)
+os.kill(-1, signal.SIGKILL)""", 60)
+    assert outcome.outcome == "passed", outcome
+
+
+MULTIPLE = {  # language: a prompt, a completion that passes, one that fails, one that leaves, tests as MultiPL-E writes them
+    "py": ("def add(a, b):", "\n    return a + b", "\n    return a", "\n    exit(0)", """
+def check(candidate):
+    assert candidate(1, 2) == 3
+def test_check():
+    check(add)
+test_check()"""),
+    "sh": ("add() {", "\n    echo $(($1 + $2))\n}", "\n    echo $1\n}", "\n    echo 3\n}\nexit 0", """
+candidate() {
+    add "$@"
+}
+set -e
+run_test() {
+    [[ $(candidate "1" "2") = "3" ]]
+}
+run_test"""),
+    "pl": ("sub add {", "\n    return $_[0] + $_[1];\n}", "\n    return 1;\n}", "\n    exit 0;\n}", """
+sub testhumaneval {
+    my $candidate = \\&add;
+    if ($candidate->(1, 2) == 3) { print "ok!" } else { print "not okay!"; exit 1; }
+}
+testhumaneval();"""),
+    "js": ("function add(a, b){", "\n  return a + b\n}", "\n  return a\n}", "\n  process.exit(0)\n}", """
+const assert = require('node:assert');
+function test() {
+  let candidate = add;
+  assert.deepEqual(candidate(1, 2), 3);
+}
+test();"""),
+    "lua": ("local function add(a, b)", "\n  return a + b\nend", "\n  return a\nend", "\n  os.exit(0)\nend", """
+lu = require('luaunit')
+function test_humaneval()
+    local candidate = add
+    lu.assertEquals(candidate(1, 2), 3)
+end
+os.exit(lu.LuaUnit.run())"""),
+    "rb": ("def add(a, b)", "\n  a + b\nend", "\n  a\nend", "\n  exit(0)\nend", """
+require 'test/unit'
+class TestHumanEval < Test::Unit::TestCase
+  def test_add
+    candidate = method(:add)
+    assert_equal(3, candidate.call(1, 2))
+  end
+end"""),
+    "r": ("add <- function(a, b) {", "\n  a + b\n}", "\n  a\n}", "\n  quit('no', 0)\n}", """
+test_humaneval <- function() {
+    candidate <- add
+    if(!identical(candidate(1, 2), 3)){quit('no', 1)}
+}
+test_humaneval()"""),
+}
+
+
+@pytest.mark.parametrize("language", MULTIPLE)
+def test_multipl_e_programs_pass_fail_and_leave_early_in_every_language(language):
+    needs(language)
+    prompt, right, wrong, leaving, tests = MULTIPLE[language]
+    try:
+        evaluate.check_languages([evaluate.Problem("f", "n", language, prompt, tests, [])])
+    except BadInput as e:
+        pytest.skip(str(e))
+    outcomes = [evaluate.run_program(language, f"{prompt}{c}\n{tests}", 60) for c in (right, wrong, leaving, " (")]
+    assert [o.outcome for o in outcomes] == ["passed", "failed", "failed", "failed"], outcomes
