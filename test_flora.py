@@ -1257,7 +1257,11 @@ def sandbox(request, monkeypatch):
         monkeypatch.setitem(evaluate.LIMITS, name, value)
     name = f"hostile-{os.getpid()}-{time.monotonic_ns()}.py"
     monkeypatch.setitem(evaluate.LANGUAGES, "py", evaluate.LANGUAGES["py"]._replace(file=name))
-    return name
+    folder = tempfile.mkdtemp()  # not tmp_path, which other users cannot enter
+    os.chmod(folder, 0o755)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    yield name
+    os.rmdir(folder)  # nothing is left in it
 
 
 HOSTILE = {  # (program, seconds it gets, outcomes that are right)
@@ -1320,11 +1324,9 @@ def left_over(name):
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_program_neither_passes_nor_outlives_its_run(what, sandbox):
     program, timeout, right = HOSTILE[what]
-    before = set(Path(tempfile.gettempdir()).glob("program-*"))
     outcome = evaluate.run_program("py", program, timeout)
     assert outcome.outcome in right, outcome
     assert not left_over(sandbox)
-    assert not set(Path(tempfile.gettempdir()).glob("program-*")) - before
 
 
 def test_a_namespace_hides_network_processes_and_files(tmp_path, monkeypatch):
@@ -1346,8 +1348,8 @@ for file in ("{tmp_path}/a", "/tmp/a", "/dev/shm/a", "/var/tmp/a"):
     assert refused(open, file, "w"), file
 open("own", "w").write("x")
 assert "SECRET" not in os.environ and refused(os.kill, {os.getpid()}, 0)
-os.kill(os.getppid(), signal.SIGSTOP)
-os.kill(-1, signal.SIGKILL)""", 60)
+refused(os.kill, os.getppid(), signal.SIGSTOP)
+refused(os.kill, -1, signal.SIGKILL)""", 60)
     assert outcome.outcome == "passed", outcome
 
 
@@ -1414,3 +1416,144 @@ def test_multipl_e_programs_pass_fail_and_leave_early_in_every_language(language
         pytest.skip(str(e))
     outcomes = [evaluate.run_program(language, f"{prompt}{c}\n{tests}", 60) for c in (right, wrong, leaving, " (")]
     assert [o.outcome for o in outcomes] == ["passed", "failed", "failed", "failed"], outcomes
+
+
+def add_problems(file, language, names=("a", "b")):
+    """A MultiPL-E file whose problems are all `add`."""
+    prompt, *_, tests = MULTIPLE[language]
+    return write_jsonl(file, [dict(name=name, language=language, prompt=prompt, tests=tests, stop_tokens=["\n\n"])
+                              for name in names])
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass():
+    from itertools import combinations
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (7, 1, 7), (4, 3, 2)]:
+        subsets = list(combinations([True] * c + [False] * (n - c), k))
+        assert abs(evaluate.pass_at_k(n, c, k) - sum(map(any, subsets)) / len(subsets)) < 1e-12
+    assert evaluate.mean_and_error([0.5]) == (0.5, None)
+    mean, error = evaluate.mean_and_error([0.0, 1.0, 1.0, 0.5])
+    assert mean == 0.625 and abs(error - np.std([0, 1, 1, 0.5], ddof=1) / 2) < 1e-12
+
+
+def test_known_completions_in_three_languages_get_their_pass_at_k(tmp_path, monkeypatch, capsys):
+    """And a run that was cut off does only what is missing, and refuses other settings."""
+    languages = ["py", "sh", "pl"]
+    for language in languages:
+        needs(language)
+    files = [add_problems(tmp_path / f"{language}.jsonl", language) for language in languages]
+    given = [dict(name=name, file=f"{language}.jsonl", completion=MULTIPLE[language][which])
+             for language in languages for name, pattern in [("a", [1, 2, 1]), ("b", [2, 3, 2])] for which in pattern]
+    completions, results = write_jsonl(tmp_path / "given.jsonl", given), tmp_path / "out" / "results.jsonl"
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *map(str, flags), "--results", str(results),
+                                          "--i-trust-the-code"])
+        evaluate.main()
+        return capsys.readouterr().out
+    flags = [*files, "--completions", completions, "--k", 1, 2, "--json", tmp_path / "out.json", "--timeout", 60]
+    table = main(*flags)
+    for row in json.loads((tmp_path / "out.json").read_text())["rows"]:
+        assert (row["problems"], row["samples"], row["passed"], row["failed"]) == (2, 6, 2, 4)
+        assert abs(row["pass@1"] - 1 / 3) < 1e-9 and row["pass@2"] == 0.5     # of a 2/3 and 1, of b 0
+        assert abs(row["±1"] - 1 / 3) < 1e-9 and abs(row["±2"] - 0.5) < 1e-9
+    assert table.count("0.3333 ± 0.3333") == table.count("0.5000 ± 0.5000") == 3 and "6 of 18 programs passed" in table
+
+    whole = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(whole[:16]) + whole[16][:30])
+    calls, execute = [], evaluate.execute
+    monkeypatch.setattr(evaluate, "execute", lambda completions, *args: execute(calls.extend(completions) or calls, *args))
+    assert main(*flags) == table and len(calls) == 2
+    again = results.read_text().splitlines(keepends=True)
+    assert again[:16] == whole[:16] and len(again) == 18
+    with pytest.raises(BadInput, match="results.jsonl: was made with timeout 60.0, not 61.0; move the file away"):
+        main(*flags, "--timeout", 61)
+    files[0].write_text(files[0].read_text().replace("candidate(1, 2)", "candidate(2, 1)"))
+    with pytest.raises(BadInput, match="another form of the problem a of py.jsonl"):
+        main(*flags)
+    with pytest.raises(BadInput, match="--k 4: needs as many samples of every problem, and there are 3"):
+        main(*flags, "--k", 4)
+
+
+def test_sampled_programs_are_what_the_model_says_alone_cut_at_stops(tmp_path):
+    """The embedded model, each sample by a random number of its own, and counted as executed."""
+    needs("py")
+    model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
+    problems = [evaluate.Problem("f", str(i), "py", f"def f{i}(x):\n", "", ["\n\n", " ="]) for i in range(2)]
+    problems.append(problems[0]._replace(name="long", prompt="x " * 600))
+    todo = [(p, n) for p in problems for n in range(2)]
+    settings = dict(max_new_tokens=24, temperature=0.8, seed=3)
+    got = {(p.name, n): (text, tokens, error) for p, n, text, tokens, error in
+           evaluate.sample_completions(model, tokenizer, BASE, todo, slots=3, **settings)}
+    assert len(got) == 6 and "shorten it" in got["long", 0][2]
+    for p, n in todo[:4]:
+        alone = {(p.name, n): text for p, n, text, *_ in
+                 evaluate.sample_completions(model, tokenizer, BASE, [(p, n)], slots=1, **settings)}
+        text, tokens, error = got[p.name, n]
+        assert text == alone[p.name, n] and not any(s in text for s in p.stops) and error is None and tokens <= 24
+    assert len({text for text, *_ in got.values()}) > 3
+    counts = evaluate.evaluate_problems(model, tokenizer, BASE, problems, 2, timeout=60, max_new_tokens=2)
+    assert [c.total() for c in counts] == [2, 2, 2] and counts[2] == {"refused": 2}
+
+
+def test_humaneval_problems_are_scored_by_their_own_solutions(tmp_path, monkeypatch, capsys):
+    needs("py")
+    problem = dict(task_id="HumanEval/0", prompt="def one():\n", entry_point="one", canonical_solution="    return 1\n",
+                   test="def check(candidate):\n    assert candidate() == 1\n")
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as f:
+        f.write(json.dumps(problem) + "\n")
+    for completions, passed in [("canonical", 1), ("empty", 0)]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", str(tmp_path / "HumanEval.jsonl.gz"), "--completions",
+                                          completions, "--results", str(tmp_path / completions), "--i-trust-the-code"])
+        evaluate.main()
+        assert f"{passed} of 1 programs passed" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_in_a_sentence(tmp_path, monkeypatch):
+    good, bad = add_problems(tmp_path / "good.jsonl", "py"), tmp_path / "bad.jsonl"
+    line = json.loads(good.read_text().splitlines()[0])
+    for text, sentence in [
+            ("{", "not readable as JSONL .line 1: "), ("", "holds no problem"), ("[1]", "line 1: is no problem; MultiPL-E"),
+            (json.dumps(line | dict(language="cobol")), "language 'cobol' cannot be run here; use one of py, pl"),
+            (json.dumps(line | dict(stop_tokens="x")), "stop_tokens is 'x', which is no list of texts"),
+            (json.dumps(line) + "\n" + json.dumps(line), "line 2: the name a comes twice")]:
+        bad.write_text(text)
+        with pytest.raises(BadInput, match=sentence):
+            evaluate.read_problems(str(bad))
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
+    with pytest.raises(BadInput, match="bad.jsonl.gz: not readable"):
+        evaluate.read_problems(str(tmp_path / "bad.jsonl.gz"))
+    twice = tmp_path / "other" / "good.jsonl"
+    twice.parent.mkdir()
+    shutil.copy(good, twice)
+    for flags, sentence in [
+            ([good], "this runs programs that a model wrote .* add --i-trust-the-code"),
+            ([good, twice, "--i-trust-the-code"], "two problem files have the same name"),
+            ([good, "--i-trust-the-code", "--completions", "canonical"], "a of good.jsonl has no canonical_solution"),
+            ([good, "--i-trust-the-code", "--completions", tmp_path / "no"], "--completions .*no: not readable"),
+            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "c", [{}])], 'needs "task_id" or "name"'),
+            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "d", [dict(name="z", completion="")])],
+             "z is the name of 0 problems"),
+            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "e", [dict(name="a", completion="")])],
+             "has none for b of good.jsonl")]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *map(str, flags)])
+        with pytest.raises(BadInput, match=sentence):
+            evaluate.main()
+    for flags in (["--samples", "0"], ["--k", "0"], ["--timeout", "0"], ["--top-p", "0"], ["--workers", "0"]):
+        with pytest.raises(SystemExit) as exit:
+            evaluate.parse_args(["run", "f", *flags])
+        assert exit.value.code == 2
+
+
+def test_a_missing_interpreter_or_library_is_named(tmp_path, monkeypatch):
+    needs("sh")
+    monkeypatch.setitem(evaluate.LANGUAGES, "r", evaluate.Language(("no-such-Rscript",), "p", ""))
+    monkeypatch.setitem(evaluate.LANGUAGES, "sh", evaluate.LANGUAGES["sh"]._replace(
+        library=("shunit", "source /nowhere/shunit || exit 1")))
+    evaluate.interpreter_of.cache_clear()
+    with pytest.raises(BadInput, match="problems in r need the program no-such-Rscript, which is not on PATH; install it"):
+        evaluate.run_program("r", "")
+    plain_sh = evaluate.Problem("f", "n", "sh", "", "true", [])
+    evaluate.check_languages([plain_sh])
+    with pytest.raises(BadInput, match="problems in sh need bash's shunit, and .*bash cannot run it here .*shunit: No such"):
+        evaluate.check_languages([plain_sh, plain_sh._replace(tests=". shunit")])
+    evaluate.interpreter_of.cache_clear()
