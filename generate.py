@@ -15,6 +15,7 @@ ids), "text" and "error" (null, or why it could not run), written as requests en
 interruption, the same command does only what is missing.
 """
 import argparse
+import gzip
 import json
 import os
 import sys
@@ -412,8 +413,8 @@ REQUEST_KEYS = {"prompt": str, "adapter": str, "max_new_tokens": int, "temperatu
 
 
 def read_jsonl(file):
-    """Yield (line number, value) of a JSONL file; a line that is no JSON is a ValueError with its number."""
-    with open(file, encoding="utf-8") as f:
+    """Yield (line number, value) of a JSONL or .jsonl.gz file; a line that is no JSON is a ValueError with its number."""
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 try:
