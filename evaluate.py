@@ -1,7 +1,7 @@
 """pass@k of an adapter by execution: sample programs, run them against their tests, count.
 
-  python evaluate.py run humaneval-lua.jsonl humaneval-r.jsonl --adapter out/flora-r1/adapter.safetensors --i-trust-the-code
-  python evaluate.py run HumanEval.jsonl.gz --completions canonical --i-trust-the-code     a check: all must pass
+  python evaluate.py run humaneval-lua.jsonl --adapter FLORA_FILE --samples 100 --i-trust-the-code
+  python evaluate.py run HumanEval.jsonl.gz --completions canonical --i-trust-the-code    a check: all must pass
 
 A problem file is JSONL, gzipped if it likes: MultiPL-E's ("name", "language", "prompt", "tests",
 "stop_tokens") or HumanEval's ("task_id", "prompt", "test", "entry_point", "canonical_solution").
@@ -39,7 +39,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from flora import BadInput
-from generate import Engine, cut_at_stop, load_adapters, load_model, read_jsonl
+from generate import Engine, cut_at_stop, load_adapters, load_model, read_jsonl, read_results, rewrite_results
 from model import add_common_flags, run_main, write_json
 
 LIMITS = dict(memory=1 << 30, processes=64, file=16 << 20, disk=64 << 20)   # bytes, but for processes
@@ -93,14 +93,15 @@ def read_problems(file):
             where, human = f"{file} line {line}", isinstance(given, dict) and "task_id" in given
             keys = ("task_id", "prompt", "test", "entry_point") if human else ("name", "language", "prompt", "tests")
             if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in keys):
-                raise BadInput(f"{where}: is no problem; MultiPL-E's have the texts name, language, prompt and tests, "
-                               "HumanEval's task_id, prompt, test and entry_point")
+                raise BadInput(f"{where}: is no problem; MultiPL-E's have the texts name, language, prompt and "
+                               "tests, HumanEval's task_id, prompt, test and entry_point")
             stops = given.get("stop_tokens", HUMANEVAL_STOPS if human else [])
             if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
                 raise BadInput(f"{where}: stop_tokens is {stops!r}, which is no list of texts")
             language = "py" if human else ALIASES.get(given["language"], given["language"])
             if language not in LANGUAGES:
-                raise BadInput(f"{where}: language {language!r} cannot be run here; use one of {', '.join(LANGUAGES)}")
+                raise BadInput(f"{where}: language {language!r} cannot be run here; use one of "
+                               f"{', '.join(LANGUAGES)}")
             name = given[keys[0]]
             if name in problems:
                 raise BadInput(f"{where}: the name {name} comes twice; rename one")
@@ -288,10 +289,12 @@ def attempt(language, interpreter, text, timeout):
     """Run a program with the interpreter at a path -> Outcome."""
     _, *flags = LANGUAGES[language].command
     token = secrets.token_hex(16)
-    text = text.replace("os.exit(lu.LuaUnit.run())", "if lu.LuaUnit.run() ~= 0 then os.exit(1) end")  # MultiPL-E's Lua
+    # how MultiPL-E's Lua tests end
+    text = text.replace("os.exit(lu.LuaUnit.run())", "if lu.LuaUnit.run() ~= 0 then os.exit(1) end")
+    text = f"{text}\n{LANGUAGES[language].done.replace('TOKEN', token)}\n"
     code, out, err, size = contained(
-        (interpreter, *flags), LANGUAGES[language].file, f"{text}\n{LANGUAGES[language].done}\n".replace("TOKEN", token),
-        timeout, namespaces=not no_namespaces(), address_space=language != "js")   # node reserves address space unused
+        (interpreter, *flags), LANGUAGES[language].file, text, timeout, namespaces=not no_namespaces(),
+        address_space=language != "js")  # node reserves more than it uses
     if code == "timeout":
         outcome = "timeout"
     elif code in ("disk", "killed", -24, -25) or size >= LIMITS["file"]:      # SIGXCPU, SIGXFSZ
@@ -320,7 +323,8 @@ def interpreter_of(language, library=False):
         except OSError as e:
             why = str(e)
     what = f"{name}'s {LANGUAGES[language].library[0]}" if library else f"the program {name}"
-    raise BadInput(f"problems in {language} need {what}, and {' and '.join(found)} cannot run it here ({why}); install it")
+    raise BadInput(f"problems in {language} need {what}, and {' and '.join(found)} cannot run it here ({why}); "
+                   "install it")
 
 
 def run_program(language, text, timeout=15.0):
@@ -336,7 +340,7 @@ def run_program(language, text, timeout=15.0):
 
 
 def pass_at_k(n, c, k):
-    """The unbiased estimate of pass@k from n samples of which c pass: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021)."""
+    """The unbiased estimate of pass@k from n samples of which c pass (Chen et al. 2021, Eq. 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -413,7 +417,8 @@ def evaluate_problems(model, tokenizer, adapter_id, problems, samples=100, worke
     sample_completions."""
     check_languages(problems)
     todo = [(problem, number) for problem in problems for number in range(samples)]
-    return count(problems, execute(sample_completions(model, tokenizer, adapter_id, todo, **settings), workers, timeout))
+    completions = sample_completions(model, tokenizer, adapter_id, todo, **settings)
+    return count(problems, execute(completions, workers, timeout))
 
 
 def summary(problems, counts, ks):
@@ -431,7 +436,7 @@ def summary(problems, counts, ks):
 def print_table(rows, ks):
     table = [["file", "problems", "samples", *(f"pass@{k}" for k in ks), *OUTCOMES]]
     for row in rows:
-        scores = [f"{row[f'pass@{k}']:.4f}" + (f" ± {row[f'±{k}']:.4f}" if row[f"±{k}"] is not None else "") for k in ks]
+        scores = [f"{row[f'pass@{k}']:.4f}" + ("" if row[f"±{k}"] is None else f" ± {row[f'±{k}']:.4f}") for k in ks]
         table.append([str(row[key]) for key in table[0][:3]] + scores + [str(row[key]) for key in OUTCOMES])
     widths = [max(map(len, column)) for column in zip(*table)]
     for cells in table:
@@ -483,30 +488,18 @@ def given_completions(source, problems):
 
 
 def resume(file, settings, problems):
-    """Results of an earlier run -> {(file, name, sample): result}. What it left half written is dropped.
-    BadInput where its settings or problems were others."""
-    results, same = {}, {(p.file, p.name): settings | dict(crc=problem_crc(p)) for p in problems}
-    if os.path.exists(file):
-        try:
-            for _, r in read_jsonl(file):
-                results[r["file"], r["name"], r["sample"]] = r
-        except ValueError:
-            pass  # the line that was being written when the run was killed
-        except (OSError, KeyError, TypeError) as e:
-            raise BadInput(f"--results {file}: is no file of results ({e}); move it away") from None
-    for r in results.values():
-        for key, value in same.get((r["file"], r["name"]), settings).items():
+    """Results of an earlier run -> {(file, name, sample): result}. BadInput where its settings or problems
+    were others."""
+    results = read_results(file, "file", "name", "sample")
+    expected = {(p.file, p.name): settings | dict(crc=problem_crc(p)) for p in problems}
+    for (*problem, _), r in results.items():
+        for key, value in expected.get(tuple(problem), settings).items():
             if r.get(key) != value:
-                what = f"the problem {r['name']} of {r['file']}" if key == "crc" else f"{key} {r.get(key)}, not {value}"
-                raise BadInput(f"--results {file}: was made with {'another form of ' * (key == 'crc')}{what}; "
-                               "move the file away, or choose another --results")
-    try:
-        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in results.values())
-        os.replace(f"{file}.tmp", file)
-    except OSError as e:
-        raise BadInput(f"--results {file}: cannot be written ({e.strerror})") from None
+                what = (f"another form of the problem {r['name']} of {r['file']}" if key == "crc" else
+                        f"{key} {r.get(key)}, not {value}")
+                raise BadInput(f"--results {file}: was made with {what}; move the file away, or choose another "
+                               "--results")
+    rewrite_results(file, results)
     return results
 
 
@@ -529,10 +522,9 @@ def run(args):
     if max(ks) > samples:
         raise BadInput(f"--k {max(ks)}: needs as many samples of every problem, and there are {samples}")
     check_languages(problems)
-    print("sandbox: " + (f"no namespaces ({no_namespaces()}), so programs reach the network, and whatever their user may "
-                         "write; limits and clean-up only" if no_namespaces() else "namespaces: no network, no other "
-                         "process, nothing to write but an own folder; readable is what their user may read"),
-          file=sys.stderr)
+    print(f"sandbox: limits, but no namespaces ({no_namespaces()}): programs reach the network and whatever their "
+          "user may write" if no_namespaces() else "sandbox: limits and namespaces: programs see no network and no "
+          "other process, and write nowhere but in their folder; they read what their user may", file=sys.stderr)
 
     settings = dict(completions=args.completions, timeout=args.timeout)
     if not given:
