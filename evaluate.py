@@ -2,8 +2,8 @@
 
   python evaluate.py losses                               Table 1's form in held-out bits per byte, real languages
   python evaluate.py toys --i-trust-the-code              Table 1's form in pass@1, a family of toy problems
-  python evaluate.py run humaneval-lua.jsonl humaneval-r.jsonl --adapter out/flora-r1/adapter.safetensors --i-trust-the-code
-  python evaluate.py run HumanEval.jsonl.gz --completions canonical --i-trust-the-code     a check: all must pass
+  python evaluate.py run humaneval-lua.jsonl --adapter FLORA_FILE --samples 100 --i-trust-the-code
+  python evaluate.py run HumanEval.jsonl.gz --completions canonical --i-trust-the-code    a check: all must pass
 
 losses and toys train every language x method x seed of --seeds, each method at its own best learning rate, chosen on the
 first language with another seed, --seed. A training is a run of train.py in a folder of its own under --out, several at
@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput
-from generate import Engine, cut_at_stop, load_adapters, load_model, read_jsonl
+from generate import Engine, cut_at_stop, load_adapters, load_model, read_jsonl, read_results, rewrite_results
 from model import EMBEDDED, add_common_flags, read_json, run_main, write_json
 from train import LEARNING_RATE
 from train import parse_args as train_args
@@ -110,14 +110,15 @@ def read_problems(file):
             where, human = f"{file} line {line}", isinstance(given, dict) and "task_id" in given
             keys = ("task_id", "prompt", "test", "entry_point") if human else ("name", "language", "prompt", "tests")
             if not isinstance(given, dict) or not all(isinstance(given.get(key), str) for key in keys):
-                raise BadInput(f"{where}: is no problem; MultiPL-E's have the texts name, language, prompt and tests, "
-                               "HumanEval's task_id, prompt, test and entry_point")
+                raise BadInput(f"{where}: is no problem; MultiPL-E's have the texts name, language, prompt and "
+                               "tests, HumanEval's task_id, prompt, test and entry_point")
             stops = given.get("stop_tokens", HUMANEVAL_STOPS if human else [])
             if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
                 raise BadInput(f"{where}: stop_tokens is {stops!r}, which is no list of texts")
             language = "py" if human else ALIASES.get(given["language"], given["language"])
             if language not in LANGUAGES:
-                raise BadInput(f"{where}: language {language!r} cannot be run here; use one of {', '.join(LANGUAGES)}")
+                raise BadInput(f"{where}: language {language!r} cannot be run here; use one of "
+                               f"{', '.join(LANGUAGES)}")
             name = given[keys[0]]
             if name in problems:
                 raise BadInput(f"{where}: the name {name} comes twice; rename one")
@@ -305,10 +306,12 @@ def attempt(language, interpreter, text, timeout):
     """Run a program with the interpreter at a path -> Outcome."""
     _, *flags = LANGUAGES[language].command
     token = secrets.token_hex(16)
-    text = text.replace("os.exit(lu.LuaUnit.run())", "if lu.LuaUnit.run() ~= 0 then os.exit(1) end")  # MultiPL-E's Lua
+    # how MultiPL-E's Lua tests end
+    text = text.replace("os.exit(lu.LuaUnit.run())", "if lu.LuaUnit.run() ~= 0 then os.exit(1) end")
+    text = f"{text}\n{LANGUAGES[language].done.replace('TOKEN', token)}\n"
     code, out, err, size = contained(
-        (interpreter, *flags), LANGUAGES[language].file, f"{text}\n{LANGUAGES[language].done}\n".replace("TOKEN", token),
-        timeout, namespaces=not no_namespaces(), address_space=language != "js")   # node reserves address space unused
+        (interpreter, *flags), LANGUAGES[language].file, text, timeout, namespaces=not no_namespaces(),
+        address_space=language != "js")  # node reserves more than it uses
     if code == "timeout":
         outcome = "timeout"
     elif code in ("disk", "killed", -24, -25) or size >= LIMITS["file"]:      # SIGXCPU, SIGXFSZ
@@ -337,7 +340,8 @@ def interpreter_of(language, library=False):
         except OSError as e:
             why = str(e)
     what = f"{name}'s {LANGUAGES[language].library[0]}" if library else f"the program {name}"
-    raise BadInput(f"problems in {language} need {what}, and {' and '.join(found)} cannot run it here ({why}); install it")
+    raise BadInput(f"problems in {language} need {what}, and {' and '.join(found)} cannot run it here ({why}); "
+                   "install it")
 
 
 def run_program(language, text, timeout=15.0):
@@ -353,7 +357,7 @@ def run_program(language, text, timeout=15.0):
 
 
 def pass_at_k(n, c, k):
-    """The unbiased estimate of pass@k from n samples of which c pass: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021)."""
+    """The unbiased estimate of pass@k from n samples of which c pass (Chen et al. 2021, Eq. 1)."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -430,7 +434,8 @@ def evaluate_problems(model, tokenizer, adapter_id, problems, samples=100, worke
     sample_completions."""
     check_languages(problems)
     todo = [(problem, number) for problem in problems for number in range(samples)]
-    return count(problems, execute(sample_completions(model, tokenizer, adapter_id, todo, **settings), workers, timeout))
+    completions = sample_completions(model, tokenizer, adapter_id, todo, **settings)
+    return count(problems, execute(completions, workers, timeout))
 
 
 def summary(problems, counts, ks):
@@ -448,7 +453,7 @@ def summary(problems, counts, ks):
 def print_table(rows, ks):
     table = [["file", "problems", "samples", *(f"pass@{k}" for k in ks), *OUTCOMES]]
     for row in rows:
-        scores = [f"{row[f'pass@{k}']:.4f}" + (f" ± {row[f'±{k}']:.4f}" if row[f"±{k}"] is not None else "") for k in ks]
+        scores = [f"{row[f'pass@{k}']:.4f}" + ("" if row[f"±{k}"] is None else f" ± {row[f'±{k}']:.4f}") for k in ks]
         table.append([str(row[key]) for key in table[0][:3]] + scores + [str(row[key]) for key in OUTCOMES])
     widths = [max(map(len, column)) for column in zip(*table)]
     for cells in table:
@@ -500,30 +505,18 @@ def given_completions(source, problems):
 
 
 def resume(file, settings, problems):
-    """Results of an earlier run -> {(file, name, sample): result}. What it left half written is dropped.
-    BadInput where its settings or problems were others."""
-    results, same = {}, {(p.file, p.name): settings | dict(crc=problem_crc(p)) for p in problems}
-    if os.path.exists(file):
-        try:
-            for _, r in read_jsonl(file):
-                results[r["file"], r["name"], r["sample"]] = r
-        except ValueError:
-            pass  # the line that was being written when the run was killed
-        except (OSError, KeyError, TypeError) as e:
-            raise BadInput(f"--results {file}: is no file of results ({e}); move it away") from None
-    for r in results.values():
-        for key, value in same.get((r["file"], r["name"]), settings).items():
+    """Results of an earlier run -> {(file, name, sample): result}. BadInput where its settings or problems
+    were others."""
+    results = read_results(file, "file", "name", "sample")
+    expected = {(p.file, p.name): settings | dict(crc=problem_crc(p)) for p in problems}
+    for (*problem, _), r in results.items():
+        for key, value in expected.get(tuple(problem), settings).items():
             if r.get(key) != value:
-                what = f"the problem {r['name']} of {r['file']}" if key == "crc" else f"{key} {r.get(key)}, not {value}"
-                raise BadInput(f"--results {file}: was made with {'another form of ' * (key == 'crc')}{what}; "
-                               "move the file away, or choose another --results")
-    try:
-        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(r) + "\n" for r in results.values())
-        os.replace(f"{file}.tmp", file)
-    except OSError as e:
-        raise BadInput(f"--results {file}: cannot be written ({e.strerror})") from None
+                what = (f"another form of the problem {r['name']} of {r['file']}" if key == "crc" else
+                        f"{key} {r.get(key)}, not {value}")
+                raise BadInput(f"--results {file}: was made with {what}; move the file away, or choose another "
+                               "--results")
+    rewrite_results(file, results)
     return results
 
 
@@ -536,10 +529,9 @@ def require_consent(args):
     if not args.i_trust_the_code:
         raise BadInput("this runs programs that a model wrote on this machine, contained only as the top of "
                        "evaluate.py says; read that, and add --i-trust-the-code")
-    print("sandbox: " + (f"no namespaces ({no_namespaces()}), so programs reach the network, and whatever their user may "
-                         "write; limits and clean-up only" if no_namespaces() else "namespaces: no network, no other "
-                         "process, nothing to write but an own folder; readable is what their user may read"),
-          file=sys.stderr)
+    print(f"sandbox: limits, but no namespaces ({no_namespaces()}): programs reach the network and whatever their "
+          "user may write" if no_namespaces() else "sandbox: limits and namespaces: programs see no network and no "
+          "other process, and write nowhere but in their folder; they read what their user may", file=sys.stderr)
 
 
 def run(args):

@@ -1342,7 +1342,7 @@ while True:
     "deletes its folder": ("import os, shutil; shutil.rmtree(os.getcwd(), ignore_errors=True)", 60, {"passed"}),
     "nests folders without end": ("""
 import os
-for i in range(3000):
+for i in range(1500):
     os.mkdir('d'); os.chdir('d')""", 60, {"passed", "failed", "limit"}),
     "reads standard input": ("import sys; assert sys.stdin.read() == ''", 60, {"passed"}),
 }
