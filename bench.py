@@ -426,7 +426,6 @@ def parse_args(argv=None):
     add("--rows", nargs="+", choices=list(ROWS), default=DEFAULT_ROWS, help="the base always runs too")
     add("--model", choices=list(PRESETS), help="a StarCoder size instead of --weights; needs --random-weights")
     add("--random-weights", action="store_true")
-    add("--quantize", choices=["int8"], help="weight-only base")
     add("--attention", choices=["flash", "math"], default="flash", help="math: as the paper measured")
     add("--compile", action="store_true", help="decode with torch.compile; its time is reported apart")
     add("--num-requests", type=int, help="default: 1,000, on a CPU 32")

@@ -758,6 +758,23 @@ class Int8(NamedTuple):
     scale: torch.Tensor    # [k], in the dtype of the activations
 
 
+class Int8Matmul(torch.autograd.Function):
+    """x [..., d] @ an Int8 W0, in x's dtype. Backward makes W0 anew from its int8, which else would be kept
+    in full precision, layer upon layer, from forward to backward."""
+
+    @staticmethod
+    def forward(ctx, x, values, scale):
+        ctx.save_for_backward(values, scale)
+        ctx.dtype = x.dtype
+        y = F.linear(x, values.T.to(x.dtype))
+        return y * scale.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, scale = ctx.saved_tensors
+        return ((grad * scale.to(grad.dtype)) @ values.T.to(grad.dtype)).to(ctx.dtype), None, None
+
+
 class PackedCopies(dict):
     """{(lo, hi): Packed} of one weight. Copied or pickled it is empty: oneDNN's tensors allow neither."""
 
@@ -788,7 +805,7 @@ def matmul(x, W0, bias=None):
     if isinstance(W0, Packed):
         return torch.ops.mkldnn._linear_pointwise(x, W0.weight, bias, "none", [], "")
     if isinstance(W0, Int8):
-        y = F.linear(x, W0.values.T.to(x.dtype)) * W0.scale.to(x.dtype)
+        y = Int8Matmul.apply(x, *W0)
         return y if bias is None else y + bias
     return F.linear(x, W0.T, bias)
 

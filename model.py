@@ -404,13 +404,14 @@ EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
 
 
 def add_common_flags(parser, dtypes):
-    """--weights, --device, --dtype, --seed and --json, with the same meaning in every script."""
+    """--weights, --device, --dtype, --quantize, --seed and --json, with the same meaning in every script."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--weights", metavar="FOLDER", default=EMBEDDED,
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
                         help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--quantize", choices=["int8"], help="hold the base's projections as int8, a scale per output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 

@@ -99,7 +99,7 @@ def split(texts, share=0.05):
         raise BadInput(f"--data holds {len(texts)} distinct readable text files after deduplication; "
                        "at least 2 are needed, one of them held out (check the path and --ext)")
     texts = sorted(texts, key=lambda text: hashlib.sha1(text.encode()).digest())
-    n = max(1, round(share * len(texts)))
+    n = max(1, min(4, len(texts) // 5), round(share * len(texts)))   # of a few files, more than one
     return texts[n:], texts[:n]
 
 
@@ -207,8 +207,9 @@ def peak_memory(device):
 
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "data", "ext", "steps", "batch_size",
-               "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
+RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "data", "ext", "keep_duplicates", "steps",
+               "batch_size", "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head",
+               "n_embd", "quantize")
 
 
 def save_checkpoint(file, step, trained, optimizer, log, args):
@@ -260,7 +261,7 @@ def train(args):
     # Data and model
     files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
     texts, skipped = read_texts(files)
-    distinct = drop_near_duplicates(texts)
+    distinct = texts if args.keep_duplicates else drop_near_duplicates(texts)
     train_texts, heldout_texts = split(distinct)
     say(f"data: {len(files):,} files, {skipped:,} skipped (empty, binary or not UTF-8), "
         f"{len(texts) - len(distinct):,} near-duplicates dropped; "
@@ -282,6 +283,8 @@ def train(args):
         if args.block_size > model.config.n_positions:
             raise BadInput(f"--block-size {args.block_size} is more than the model's context of "
                            f"{model.config.n_positions} (n_positions in {folder}/config.json)")
+    if args.quantize:
+        flora.quantize_int8(model)
     tokenizer = Tokenizer(folder)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.adapter == "none":
@@ -408,7 +411,7 @@ def train(args):
         trainable_parameters=trainable, total_parameters=total,
         tokens_per_second=tokens_timed / seconds_timed if seconds_timed else None,
         seconds=log[-1]["seconds"], peak_memory_bytes=peak_memory(device),
-        device=args.device, dtype=args.dtype, torch=torch.__version__, log=log)
+        device=args.device, dtype=args.dtype, quantize=args.quantize, torch=torch.__version__, log=log)
     if args.from_lora:
         base, teacher = evaluate(flora.BASE), evaluate(teacher_id)
         share = None if teacher >= base else (base - after) / (base - teacher)
@@ -427,6 +430,7 @@ def train(args):
             summary = {k: v for k, v in report.items() if k not in ("log", "adapter_file")}
             flora.save_adapter(model, adapter_id, file, summary)
             weights = f"--weights {shlex.quote(args.weights)} " if args.weights else ""
+            weights += f"--quantize {args.quantize} " if args.quantize else ""
             hint = f"{weights}--adapter {shlex.quote(file)}"
         for file in {str(out / "log.json"), args.json} - {None}:
             write_json(file, report)
@@ -473,6 +477,7 @@ def parse_args(argv=None):
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
+    add("--keep-duplicates", action="store_true", help="train on near-duplicates too: for texts made by a program")
     add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this LoRA, and train "
         "towards its predictions on --data (no labels); --steps 0 is the fit alone")
     add("--steps", type=int, default=300)
@@ -501,6 +506,8 @@ def parse_args(argv=None):
         least = 0 if flag == "steps" and args.from_lora else 1
         if getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least {least}")
+    if args.quantize and args.adapter == "none":
+        parser.error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
     if args.from_lora and args.adapter != "flora":
         parser.error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
     if args.from_lora and args.targets:
