@@ -141,7 +141,7 @@ def check_agreement(model, sets, dtype):
     """Raise RuntimeError unless all ways to compute one set of adapters give the same logits, for
     prompts and for one token. Nothing is timed before that."""
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    device = model.transformer.wte.weight.device
+    device = model.wte.weight.device
     ids = torch.randint(0, model.config.vocab_size, (2, 12), device=device)
     for (kind, rank), adapters in sets.items():
         paths = {"flora": ("expand", "materialise"), "lora": ("example", "token", "masked")}.get(kind, (None,))
@@ -161,6 +161,11 @@ def check_agreement(model, sets, dtype):
 
 
 # ------------------------------------------------------------------------------------------- measuring
+
+
+def benched_layer(model):
+    """The first projection that every kind adapts by default: c_attn, or Llama's v_proj."""
+    return next(layer for name, layer in flora.adapter_layers(model) if name.endswith(("c_attn", "v_proj")))
 
 
 def synchronize(device):
@@ -202,9 +207,10 @@ def measure_limits(model, args, device, dtype):
     ids = torch.zeros(B, T, dtype=torch.int64, device=device)
     cache, position = model.new_kv_cache(B, T + 1), torch.full((B, 1), T, device=device)
     decode = seconds(lambda: model(ids[:, :1], None, cache, position), device)
-    prefill = seconds(lambda: model.hidden(ids, None, cache[:, :, :, :T]), device)
-    weights = [p for name, p in model.base_parameters().items() if ".wpe." not in name]
-    layers = sum(p.numel() for p in weights) - model.transformer.wte.weight.numel()
+    prefill = seconds(lambda: model.hidden(ids, None, cache[:, :, :, :, :T]), device)
+    looked_up = ["wpe.weight"] + ["embed_tokens.weight"] * (not model.config.tie_word_embeddings)   # not multiplied by
+    weights = [p for name, p in model.base_parameters().items() if not name.endswith(tuple(looked_up))]
+    layers = sum(layer.weight.numel() for _, layer in flora.adapter_layers(model))
     decode_bytes = sum(p.numel() * p.element_size() for p in weights) + cache.numel() * cache.element_size()
     return dict(bandwidth_gb_s=bandwidth / 1e9, matmul_gflop_s=flops / 1e9,
                 decode_batch=B, decode_ms=1e3 * decode, decode_share_of_bandwidth=decode_bytes / decode / bandwidth,
@@ -304,7 +310,7 @@ def in_turns(variants, mode, rate, repeats, run, warm_up):
 
 def bench_layer(model, sets, variants, args, device, dtype):
     """Mode layer: forward of the first c_attn alone, --slots examples of each of --layer-tokens."""
-    layer, rows = model.transformer.h[0].attn.c_attn, []
+    layer, rows = benched_layer(model), []
     ids = 1 + torch.arange(args.slots, device=device) % args.num_adapters
     for T in args.layer_tokens:
         x = torch.randn(args.slots, T, layer.in_features, device=device).to(dtype)
@@ -325,7 +331,7 @@ def bench_layer(model, sets, variants, args, device, dtype):
 @torch.inference_mode()
 def materialise_cost(model, sets, rank, device, dtype):
     """The measured flora.MATERIALISE_COST: what making W0 ∘ ΔW costs, in rows of the plain matmul."""
-    layer = model.transformer.h[0].attn.c_attn
+    layer = benched_layer(model)
     install(model, sets["flora", rank])
     x, ids = torch.randn(1, 256, layer.in_features, device=device).to(dtype), torch.tensor([1], device=device)
     plain = seconds(lambda: layer(x), device)
@@ -541,7 +547,7 @@ def main():
                 arrivals = np.random.default_rng(args.seed).exponential(1 / rate, len(workload)).cumsum()
                 rows += in_turns(variants, "latency", rate, 1, lambda v: run(v, 2560, arrivals), warm_up)
     result["rows"] = rows
-    layer = model.transformer.h[0].attn.c_attn
+    layer = benched_layer(model)
     result["eq7"] = dict(predicted=predict_inflection(layer, args.slots, 1, device, dtype),
                          measured={name: measured_inflection(rows, name) for name in LORA_ROWS})
 

@@ -97,7 +97,7 @@ class Engine:
         self.model, self.slots, self.continuous = model, slots, continuous
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.max_batched_tokens = max_batched_tokens
-        self.device = device = model.transformer.wte.weight.device
+        self.device = device = model.wte.weight.device
         self.sync_every = sync_every or (8 if device.type == "cuda" else 1)
         self.forward = torch.compile(model, dynamic=False) if compile else model
         self.fixed_shapes = compile or device.type == "cuda"
@@ -108,7 +108,7 @@ class Engine:
         self.unread = []                      # tokens [n] of each step since the last sync
         self.steps = 0
         self.logits = None                    # [n, vocab] of the token that comes next
-        self.kv_cache = model.new_kv_cache(slots, self.length)                # [n_layer, 2, slots, S, D]
+        self.kv_cache = model.new_kv_cache(slots, self.length)                # [n_layer, 2, slots, K, S, D]
         self.rows = dict(                     # per slot; the first n are running requests
             token=torch.zeros(slots, dtype=torch.int64, device=device),       # the last one picked
             position=torch.zeros(slots, dtype=torch.int64, device=device),    # of the next one
@@ -244,9 +244,9 @@ class Engine:
         self.running += newcomers
         # Prompts are padded on the right; the logits are those of each one's own last token
         adapter_ids = self.rows["adapter_id"][n:n + m] if any(r.adapter_id for r in newcomers) else None
-        hidden = self.model.hidden(ids.to(self.device), adapter_ids, self.kv_cache[:, :, n:n + m, :longest])
+        hidden = self.model.hidden(ids.to(self.device), adapter_ids, self.kv_cache[:, :, n:n + m, :, :longest])
         last = self.rows["position"][n:n + m] - 1
-        logits = self.model.lm_head(hidden[torch.arange(m, device=self.device), last])
+        logits = self.model.logits(hidden[torch.arange(m, device=self.device), last])
         self.logits = torch.cat([self.logits[:n], logits]) if n else logits
         self.recompose()
 
@@ -300,7 +300,7 @@ class Engine:
         last = self.running.pop()
         if i < len(self.running):
             j, length = len(self.running), last.offset + self.steps
-            self.kv_cache[:, :, i, :length] = self.kv_cache[:, :, j, :length]
+            self.kv_cache[:, :, i, :, :length] = self.kv_cache[:, :, j, :, :length]
             for rows in (self.logits, *self.rows.values()):
                 rows[i] = rows[j]
             self.running[i] = last
@@ -312,7 +312,7 @@ class Engine:
             self.logits = self.decode_all(min(self.length, -(-length // 256) * 256))[:n]
         else:
             self.logits = self.forward(self.rows["token"][:n, None], self.adapters,
-                                       self.kv_cache[:, :, :n, :length], self.rows["position"][:n, None])[:, 0]
+                                       self.kv_cache[:, :, :n, :, :length], self.rows["position"][:n, None])[:, 0]
         self.rows["position"][:n] += 1
 
     def decode_all(self, length):
@@ -325,7 +325,7 @@ class Engine:
             adapter_ids = self.rows["adapter_id"] if self.has_adapters else None
             position = self.rows["position"].clamp(max=length - 1)
             return self.forward(self.rows["token"][:, None], adapter_ids,
-                                self.kv_cache[:, :, :, :length], position[:, None])[:, 0]
+                                self.kv_cache[:, :, :, :, :length], position[:, None])[:, 0]
         if self.device.type != "cuda":
             return run()
         if length not in self.graphs:
@@ -479,7 +479,7 @@ def serve(args, model, tokenizer):
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop))
     finished = resume_results(args.results, requests)
     loaded = load_adapters(model, [r["adapter"] for r in requests.values()])
-    slots = args.slots or (8 if model.transformer.wte.weight.device.type == "cpu" else 64)
+    slots = args.slots or (8 if model.wte.weight.device.type == "cpu" else 64)
     engine = Engine(model, min(slots, len(requests)), max_batched_tokens=args.max_batched_tokens,
                     continuous=not args.static_batching, compile=args.compile)
     lines = {}
