@@ -51,7 +51,7 @@ def sample(logits, temperature, top_k, top_p, u):
 @dataclass(eq=False)
 class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
-    prompt: list                  # token ids; empty is <|endoftext|>
+    prompt: list                  # token ids; empty is the config's eos_token_id
     adapter_id: int = BASE
     max_new_tokens: int = 64
     temperature: float = 0.0      # 0 is greedy
@@ -407,6 +407,13 @@ def cut_at_stop(text, stops):
     return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
 
 
+def truncate(ids, room, bos_id):
+    """The last `room` of ids (at least one), a bos at their start kept."""
+    room = max(1, room)
+    kept = 1 if room > 1 and ids[:1] == [bos_id] else 0
+    return ids if len(ids) <= room else ids[:kept] + ids[kept - room:]
+
+
 REQUEST_KEYS = {"prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
                 "top_k": int, "top_p": (int, float), "seed": int, "stop": list}
 
@@ -485,10 +492,10 @@ def serve(args, model, tokenizer):
     lines = {}
     for line, r in requests.items():
         if line not in finished:
-            ids = tokenizer.encode(r["prompt"])
+            ids = tokenizer.encode(r["prompt"], bos=True)
             if args.truncate:
-                ids = ids[-max(1, model.config.n_positions - r["max_new_tokens"]):]
-            stopped = r["stop"] and (lambda ids, stop=r["stop"]: any(s in tokenizer.decode(ids) for s in stop))
+                ids = truncate(ids, model.config.n_positions - r["max_new_tokens"], tokenizer.bos_id)
+            stopped = r["stop"] and (lambda ids, stop=r["stop"]: any(s in tokenizer.decode(ids, True) for s in stop))
             settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
             lines[engine.submit(ids, adapter_id=loaded[r["adapter"]], eos_id=tokenizer.eos_id,
                                 stopped=stopped or None, **settings)] = line
@@ -499,7 +506,7 @@ def serve(args, model, tokenizer):
             for request, _ in engine.step():
                 if request.state in ("done", "failed"):
                     r = requests[lines[request]]
-                    text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id])
+                    text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id], continues=True)
                     f.write(json.dumps(r | dict(line=lines[request], tokens=request.ids, error=request.error,
                                                 text=cut_at_stop(text, r["stop"]))) + "\n")
                     f.flush()
@@ -594,7 +601,7 @@ def main():
     loaded = load_adapters(model, names)
     adapter_ids = [loaded[name] for name in names] if len(loaded) > 1 else None
 
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     if args.suffix:
         if tokenizer.fim_ids is None:
             raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle tokens; "
@@ -603,22 +610,21 @@ def main():
         suffixes = one_each(args.suffix, len(prompts), "--suffix")
         ids = [prefix + p + suffix + tokenizer.encode(s) + middle for p, s in zip(ids, suffixes)]
     if args.truncate:
-        room = max(1, model.config.n_positions - args.max_new_tokens)
-        ids = [row[-room:] for row in ids]
+        ids = [truncate(row, model.config.n_positions - args.max_new_tokens, tokenizer.bos_id) for row in ids]
 
     new = [[] for _ in prompts]
     texts = [""] * len(prompts)
     held_back = max(map(len, args.stop), default=1) - 1  # characters that may turn out to be a stop
 
     def stopped(row, row_ids):
-        return any(s in tokenizer.decode(row_ids) for s in args.stop)
+        return any(s in tokenizer.decode(row_ids, continues=True) for s in args.stop)
 
     printer, start = Printer(prompts), time.time()
     for fresh in generate_steps(model, ids, adapter_ids, args.max_new_tokens, args.temperature, args.top_k,
                                 args.top_p, args.seed, tokenizer.eos_id, stopped if args.stop else None):
         for row, token in fresh.items():
             new[row].append(token)
-            texts[row] = tokenizer.decode([i for i in new[row] if i != tokenizer.eos_id])
+            texts[row] = tokenizer.decode([i for i in new[row] if i != tokenizer.eos_id], continues=True)
             certain = texts[row].rstrip("\ufffd")  # a character whose bytes have not all come yet
             printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
     seconds, count = time.time() - start, sum(map(len, new))

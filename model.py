@@ -436,8 +436,10 @@ def read_config(folder):
                 raise BadInput(f"{file}: rope_type {kind} needs a number {key}, not {rope.get(key)!r}")
         scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
         fields = dict(layer_norm_epsilon=1e-6, n_kv_head=fields.get("n_head"), tie_word_embeddings=False) | fields
-        fields |= dict(rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-                       rope_scaling=None if kind == "default" else scaling)
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        if not isinstance(theta, (int, float)):
+            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number")
+        fields |= dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
     elif "n_inner" not in fields and isinstance(fields.get("n_embd"), int):
         fields["n_inner"] = 4 * fields["n_embd"]
     for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_head", "head_dim"):
@@ -502,13 +504,18 @@ def stored_tensors(folder):
 # -------------------------------------------------------------------------------------- tokenizers
 
 FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json (StarCoder's, by `tokenizers`) or
-    tokenizer.model (the embedded model's, by `sentencepiece`). decode(encode(text)) == text.
+    """The tokenizer of a model folder: tokenizer.json (by `tokenizers`) or tokenizer.model (by
+    `sentencepiece`; the embedded model's, Llama 2's). decode(encode(text)) == text, but for the
+    character ▁ (U+2581) in a tokenizer.json of Llama 2's kind, which takes it for a space.
 
-    eos_id: <|endoftext|>. fim_ids: the ids of FIM_TOKENS, or None.
+    eos_id: what ends a text: config.json's eos_token_id (of several the first; generate.py's --stop
+    takes the others), else the first of EOS_TOKENS that it has.
+    bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
+    fim_ids: the ids of FIM_TOKENS, or None.
     """
 
     def __init__(self, folder):
@@ -520,14 +527,26 @@ class Tokenizer:
             if self.files[0].endswith(".json"):
                 from tokenizers import Tokenizer as HFTokenizer
                 self.hf, self.sp = HFTokenizer.from_file(self.files[0]), None
+                marked, plain = (self.hf.encode("a", add_special_tokens=add).ids for add in (True, False))
+                self.bos_id = None if marked[:1] == plain[:1] else marked[0]
             else:
                 from sentencepiece import SentencePieceProcessor
-                self.hf, self.sp = None, SentencePieceProcessor(model_file=self.files[0])
+                with open(self.files[0], "rb") as f:
+                    proto = f.read()
+                normal = SentencePieceProcessor(model_proto=proto).normalize("a")
+                # Llama's puts a space before a text. encode does that instead, so that a text may come in
+                # parts: a field at the end of a protobuf, normalizer_spec.add_dummy_prefix = 0, overrides
+                self.hf, self.sp = None, SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+                self.prefix = " " if normal.startswith("▁") else ""
+                self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
         except Exception as e:  # tokenizers raises plain Exception
             raise BadInput(f"{self.files[0]}: not a readable tokenizer ({e})") from e
-        self.eos_id = self.token_id("<|endoftext|>")
+        config = os.path.join(folder, "config.json")
+        ends = read_json(config).get("eos_token_id") if os.path.isfile(config) else None
+        ends = ends if isinstance(ends, list) else [ends, *map(self.token_id, EOS_TOKENS)]
+        self.eos_id = next((i for i in ends if i is not None), None)
         if self.eos_id is None:
-            raise BadInput(f"{self.files[0]}: has no <|endoftext|> token")
+            raise BadInput(f"{self.files[0]}: has none of {', '.join(EOS_TOKENS)}, and config.json no eos_token_id")
         fim_ids = [self.token_id(token) for token in FIM_TOKENS]
         self.fim_ids = None if None in fim_ids else fim_ids
 
@@ -541,19 +560,25 @@ class Tokenizer:
     def vocab_size(self):
         return self.hf.get_vocab_size() if self.hf else self.sp.vocab_size()
 
-    def encode(self, text):
-        """text -> list of ids, no special token added."""
+    def encode(self, text, bos=False):
+        """text -> list of ids. No special token is added, but with bos=True the bos_id, if there is one."""
+        if bos and self.bos_id is not None:
+            return [self.bos_id] + self.encode(text)
         if self.hf:
             return self.hf.encode(text, add_special_tokens=False).ids
+        text = self.prefix + text if text else text
         # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
         low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         first, *rest = (self.sp.encode(part) for part in text.split("▁"))
         return first + [i for part in rest for i in low_line + part]
 
-    def decode(self, ids):
-        """list of ids -> text; bytes that are no UTF-8 become U+FFFD."""
-        ids = list(ids)
-        return self.hf.decode(ids, skip_special_tokens=False) if self.hf else self.sp.decode(ids)
+    def decode(self, ids, continues=False):
+        """list of ids -> text; bytes that are no UTF-8 become U+FFFD. continues: the ids go on from a text
+        (a prompt), so that a space at their start is none that the tokenizer put before it."""
+        ids = (self.encode("x") if continues else []) + list(ids)
+        text = (self.hf.decode(ids, skip_special_tokens=False) if self.hf
+                else self.sp.decode(ids).removeprefix(self.prefix))
+        return text[1:] if continues else text
 
     def save(self, folder):
         """Copy the tokenizer's file into another model folder."""
