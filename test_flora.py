@@ -675,6 +675,17 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory):
+    """The same of a Llama: fixtures/tiny_llama with a longer context."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    model = GPT.from_pretrained(FIXTURES / "tiny_llama")
+    model.config.n_positions = 64
+    model.save_pretrained(folder)
+    Tokenizer(FIXTURES / "tiny_llama").save(folder)
+    return folder
+
+
 HEADERS = str(Path(torch.__file__).parent / "include" / "c10" / "util" / "*.h")
 
 
@@ -692,7 +703,10 @@ def losses(report):
 
 
 @pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "none"])
-def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(kind, tiny_folder, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
+        kind, family, tiny_folder, tiny_llama_folder, tmp_path):
+    tiny_folder = tiny_folder if family == "gpt_bigcode" else tiny_llama_folder
     flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02] if kind != "none" else ["--adapter", kind]
     one, two = (run_train(tiny_folder, tmp_path / name, *flags) for name in "ab")
     assert losses(one) == losses(two)
@@ -703,12 +717,29 @@ def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(kin
             "total_parameters", "tokens_per_second", "seconds", "adapter_file"} <= one.keys()
     if kind == "none":
         model = GPT.from_pretrained(tmp_path / "a")
-        assert Tokenizer(tmp_path / "a").vocab_size == 4096 and one["adapter_file"] is None
+        assert Tokenizer(tmp_path / "a").vocab_size == model.config.vocab_size and one["adapter_file"] is None
         assert one["trainable_parameters"] == one["total_parameters"]
     else:
         model = GPT.from_pretrained(tiny_folder)
         saved = flora.adapter_parameters(model, flora.load_adapter(model, one["adapter_file"]))
         assert sum(p.numel() for p in saved.values()) == one["trainable_parameters"]
+
+
+@pytest.mark.parametrize("kind", flora.KINDS)
+def test_adapters_of_a_llama_go_by_default_where_peft_puts_them(kind, tiny_llama_folder, tmp_path, monkeypatch):
+    """Trained, interrupted by nothing, resumed at its end, and used from the command line."""
+    flags = ["--adapter", kind, "--steps", 2, "--eval-every", 1]
+    for more in ([], ["--resume"]):
+        report = run_train(tiny_llama_folder, tmp_path / "run", *flags, *more)
+        assert report["targets"] == list(flora.DEFAULT_TARGETS["llama"][kind])
+    run_script(generate.main, ["generate.py", "--weights", tiny_llama_folder, "--adapter", report["adapter_file"],
+                               "--prompt", "return", "--max-new-tokens", 5, "--json", tmp_path / "o.json"], monkeypatch)
+    row, tokenizer = json.loads((tmp_path / "o.json").read_text())[0], Tokenizer(tiny_llama_folder)
+    model = GPT.from_pretrained(tiny_llama_folder)
+    adapter_id = flora.load_adapter(model, report["adapter_file"])
+    assert row["tokens"] == generate.generate(model, [[1] + tokenizer.encode("return")], [adapter_id],
+                                              max_new_tokens=5, eos_id=2)[0]
+    assert row["text"] == tokenizer.decode([i for i in row["tokens"] if i != 2], continues=True)
 
 
 def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
@@ -942,6 +973,12 @@ def test_bad_input_is_one_sentence_and_exit_status_2(
     printed = capsys.readouterr()
     assert exit.value.code == 2
     assert sentence in printed.err.splitlines()[-1] and f"{script}.py: error: " in printed.err.splitlines()[-1]
+
+
+def test_truncation_keeps_the_end_of_a_prompt_and_a_bos():
+    ids = [1, 5, 6, 7]
+    assert [generate.truncate(ids, room, 1) for room in (9, 4, 3, 2, 1, -3)] == [ids, ids, [1, 6, 7], [1, 7], [7], [7]]
+    assert [generate.truncate(ids, room, None) for room in (4, 3, 1)] == [ids, [5, 6, 7], [7]]
 
 
 def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tmp_path, monkeypatch):
@@ -1253,7 +1290,7 @@ def served_folder(request, tmp_path_factory):
     return folder
 
 
-def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
+def test_bench_writes_table_json_and_figure(served_folder, tmp_path, capsys):
     run = script("bench.py", "--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5, "--scale", 0.02,
                  "--mode", "throughput", "latency", "layer", "--layer-tokens", 1, 3, "--repeats", 1, "--slots", 2,
                  "--num-adapters", 3, "--request-rate", 500, cwd=tmp_path)
@@ -1272,12 +1309,13 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     for row in served:
         assert f"{row['tokens_per_second']:.1f}" in run.stdout
-    run = script("bench.py", "--plot", *2 * ["out/bench_cpu.json"], "--png", "both.png", cwd=tmp_path)
-    assert run.returncode == 0 and run.stdout.count(served_folder.name) == 2, run.stderr
+    bench.draw_together(2 * [str(tmp_path / "out" / "bench_cpu.json")], str(tmp_path / "both.png"))
+    printed = capsys.readouterr().out
+    assert printed.count(served_folder.name) == 2 and "inflection rank, predicted" in printed
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "out" / "bench_cpu.json").write_text('{"rows": []}')
-    run = script("bench.py", "--plot", "out/bench_cpu.json", cwd=tmp_path)
-    assert run.returncode == 2 and "bench_cpu.json: holds no throughput of flora and lora-token" in run.stderr
+    (tmp_path / "empty.json").write_text('{"rows": []}')
+    with pytest.raises(BadInput, match="--plot .*empty.json: holds no throughput of flora and lora-token"):
+        bench.draw_together([str(tmp_path / "empty.json")], str(tmp_path / "both.png"))
 
 
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
