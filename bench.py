@@ -4,6 +4,9 @@
   python bench.py --mode layer --model starcoderbase-1b --random-weights        one projection alone
   python bench.py --model starcoder --random-weights --dtype float16 --attention math \\
       --ranks 1 2 4 8 16 --mode throughput latency --request-rate 8             Fig. 2, on one GPU
+  python bench.py --model llama-2-7b --random-weights --dtype float16 --attention math \\
+      --ranks 1 2 4 8 16 --mode throughput --json 7b.json                        Fig. 3 left, on one GPU
+  python bench.py --plot 7b.json 13b.json --png fig3.png          several results' throughput in one figure
 
 Every request runs its own adapter, all of one kind and rank. All rows share one model and one engine
 (generate.Engine), run in turns (round 1 of every row, round 2 of every row, ...) after an untimed
@@ -17,7 +20,7 @@ warm-up, and stand in the table as medians over the rounds.
   ratio to base             tokens/s of the row / tokens/s of the base row, in the same round
 
 throughput: all requests arrive at once. latency: they arrive at random (Poisson) at --request-rate a
-second. layer: forward of one c_attn alone; its tokens/s counts rows of the input.
+second. layer: forward of one c_attn (Llama: v_proj) alone; its tokens/s counts rows of the input.
 """
 import argparse
 import json
@@ -33,7 +36,7 @@ from tqdm import tqdm
 import flora
 from flora import BadInput
 from generate import Engine
-from model import GPT, PRESETS, Tokenizer, add_common_flags, get_device, run_main, write_json
+from model import GPT, PRESETS, Tokenizer, add_common_flags, get_device, read_json, run_main, write_json
 
 ROWS = {  # name for --rows: (kind of adapter, path of AdapterLinear, what it is)
     "base": (None, None, "base model, no adapters"),
@@ -141,7 +144,7 @@ def check_agreement(model, sets, dtype):
     """Raise RuntimeError unless all ways to compute one set of adapters give the same logits, for
     prompts and for one token. Nothing is timed before that."""
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    device = model.transformer.wte.weight.device
+    device = model.wte.weight.device
     ids = torch.randint(0, model.config.vocab_size, (2, 12), device=device)
     for (kind, rank), adapters in sets.items():
         paths = {"flora": ("expand", "materialise"), "lora": ("example", "token", "masked")}.get(kind, (None,))
@@ -161,6 +164,11 @@ def check_agreement(model, sets, dtype):
 
 
 # ------------------------------------------------------------------------------------------- measuring
+
+
+def benched_layer(model):
+    """The first projection that every kind adapts by default: c_attn, or Llama's v_proj."""
+    return next(layer for name, layer in flora.adapter_layers(model) if name.endswith(("c_attn", "v_proj")))
 
 
 def synchronize(device):
@@ -202,9 +210,10 @@ def measure_limits(model, args, device, dtype):
     ids = torch.zeros(B, T, dtype=torch.int64, device=device)
     cache, position = model.new_kv_cache(B, T + 1), torch.full((B, 1), T, device=device)
     decode = seconds(lambda: model(ids[:, :1], None, cache, position), device)
-    prefill = seconds(lambda: model.hidden(ids, None, cache[:, :, :, :T]), device)
-    weights = [p for name, p in model.base_parameters().items() if ".wpe." not in name]
-    layers = sum(p.numel() for p in weights) - model.transformer.wte.weight.numel()
+    prefill = seconds(lambda: model.hidden(ids, None, cache[:, :, :, :, :T]), device)
+    looked_up = ["wpe.weight"] + ["embed_tokens.weight"] * (not model.config.tie_word_embeddings)   # not multiplied by
+    weights = [p for name, p in model.base_parameters().items() if not name.endswith(tuple(looked_up))]
+    layers = sum(layer.weight.numel() for _, layer in flora.adapter_layers(model))
     decode_bytes = sum(p.numel() * p.element_size() for p in weights) + cache.numel() * cache.element_size()
     return dict(bandwidth_gb_s=bandwidth / 1e9, matmul_gflop_s=flops / 1e9,
                 decode_batch=B, decode_ms=1e3 * decode, decode_share_of_bandwidth=decode_bytes / decode / bandwidth,
@@ -217,7 +226,7 @@ def predict_inflection(layer, b, l, device, dtype):
     """Eq. 7: FLoRA is cheaper than bmm-LoRA while 2 c1 / (d c2) + 1 / r >= 1.
 
     c1, c2: seconds per multiply-add of torch.bmm and of the plain matmul, measured at rank 1 on the
-    c_attn of the model with b examples of l tokens. The rank where equality holds, or infinity.
+    benched layer of the model with b examples of l tokens. The rank where equality holds, or infinity.
     """
     k, d = layer.weight.shape
     x = torch.randn(b, l, d, device=device).to(dtype)
@@ -303,8 +312,8 @@ def in_turns(variants, mode, rate, repeats, run, warm_up):
 
 
 def bench_layer(model, sets, variants, args, device, dtype):
-    """Mode layer: forward of the first c_attn alone, --slots examples of each of --layer-tokens."""
-    layer, rows = model.transformer.h[0].attn.c_attn, []
+    """Mode layer: forward of benched_layer alone, --slots examples of each of --layer-tokens."""
+    layer, rows = benched_layer(model), []
     ids = 1 + torch.arange(args.slots, device=device) % args.num_adapters
     for T in args.layer_tokens:
         x = torch.randn(args.slots, T, layer.in_features, device=device).to(dtype)
@@ -325,7 +334,7 @@ def bench_layer(model, sets, variants, args, device, dtype):
 @torch.inference_mode()
 def materialise_cost(model, sets, rank, device, dtype):
     """The measured flora.MATERIALISE_COST: what making W0 ∘ ΔW costs, in rows of the plain matmul."""
-    layer = model.transformer.h[0].attn.c_attn
+    layer = benched_layer(model)
     install(model, sets["flora", rank])
     x, ids = torch.randn(1, 256, layer.in_features, device=device).to(dtype), torch.tensor([1], device=device)
     plain = seconds(lambda: layer(x), device)
@@ -373,7 +382,7 @@ def draw(file, result):
               ("latency", "seconds_per_output_token_mean", "Seconds per output token")]
     panels = [p for p in panels if any(r["mode"] == p[0] for r in rows)]
     if any(r["mode"] == "layer" for r in rows) and not panels:
-        panels = [("layer", "tokens_per_second", "Rows/s of one c_attn")]
+        panels = [("layer", "tokens_per_second", "Rows/s of one projection")]
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.4), squeeze=False)
     for axis, (mode, metric, title) in zip(axes[0], panels):
         groups = dict.fromkeys((r["request_rate"], r.get("tokens")) for r in rows if r["mode"] == mode)
@@ -400,10 +409,50 @@ def draw(file, result):
         axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.suptitle(f"{result['model']['name']}, {result['dtype']}, {result['machine']['gpu'] or result['machine']['cpu']}, "
                     f"{result['workload']['slots']} slots", fontsize=9)
+    save_figure(figure, file)
+
+
+def save_figure(figure, file):
     figure.tight_layout()
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     figure.savefig(f"{file}.tmp", format="png", dpi=130)
     os.replace(f"{file}.tmp", file)
+
+
+def draw_together(files, png):
+    """The paper's Figure 3 left: throughput across ranks of several models, results that this program
+    wrote; beside it FLoRA's share over the bmm-LoRA of the paper, which is 1 at the inflection rank."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    print(f"{'':>32}{'inflection rank, predicted':>28}{'measured':>22}")
+    for color, file in enumerate(files):
+        result = read_json(file)
+        speed = {(row["baseline"], row["rank"]): row["tokens_per_second"]
+                 for row in result.get("rows", []) if row["mode"] == "throughput"}
+        ranks = sorted(rank for name, rank in speed if name == "flora" and ("lora-token", rank) in speed)
+        if not ranks:
+            raise BadInput(f"--plot {file}: holds no throughput of flora and lora-token; measure them with --mode "
+                           "throughput --json FILE")
+        predicted = result["eq7"]["predicted"]["inflection_rank"]   # JSON's null is infinity
+        predicted, measured = (tell_rank(rank, result) for rank in (
+            np.inf if predicted is None else predicted, measured_inflection(result["rows"], "lora-token")))
+        name = result["model"]["name"]
+        print(f"{name:>32}{predicted:>28}{measured:>22}")
+        for row, style in (("flora", "-"), ("lora-token", "--")):
+            left.plot(ranks, [speed[row, rank] for rank in ranks], style, color=f"C{color}", marker="o", markersize=3,
+                      label=f"{name}: {'FLoRA' if row == 'flora' else 'LoRA (bmm per token)'}")
+        right.plot(ranks, [speed["flora", rank] / speed["lora-token", rank] for rank in ranks], color=f"C{color}",
+                   marker="o", markersize=3, label=f"{name}; inflection rank: Eq. 7 {predicted}, measured {measured}")
+    right.axhline(1, color="grey", linewidth=1)
+    left.set(xlabel="Rank", title="Throughput (tokens/s)")
+    right.set(xlabel="Rank", title="FLoRA / LoRA (bmm per token)")
+    for axis in (left, right):
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    save_figure(figure, png)
+    print(f"wrote {png}")
 
 
 def tell_rank(rank, result):
@@ -424,7 +473,7 @@ def parse_args(argv=None):
     add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     add("--mode", nargs="+", choices=["throughput", "latency", "layer"], default=["throughput", "latency"])
     add("--rows", nargs="+", choices=list(ROWS), default=DEFAULT_ROWS, help="the base always runs too")
-    add("--model", choices=list(PRESETS), help="a StarCoder size instead of --weights; needs --random-weights")
+    add("--model", choices=list(PRESETS), help="a published size instead of --weights; needs --random-weights")
     add("--random-weights", action="store_true")
     add("--attention", choices=["flash", "math"], default="flash", help="math: as the paper measured")
     add("--compile", action="store_true", help="decode with torch.compile; its time is reported apart")
@@ -439,6 +488,7 @@ def parse_args(argv=None):
     add("--layer-tokens", type=int, nargs="+", default=[1, 64, 256], help="tokens an example, for layer")
     add("--repeats", type=int, default=3, help="rounds; latency takes one, its spread is over the requests")
     add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
+    add("--plot", nargs="+", metavar="JSON", help="no measuring: draw the throughput of these results into --png")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
     for flag in ("ranks", "num_requests", "num_adapters", "slots", "max_batched_tokens", "layer_tokens", "repeats"):
@@ -467,6 +517,8 @@ def load_model(args, device, dtype):
 
 def main():
     args = parse_args()
+    if args.plot:
+        return draw_together(args.plot, args.png or os.path.join("figures", "fig3.png"))
     device, dtype = get_device(args.device), getattr(torch, args.dtype)
     on_gpu = device.type == "cuda"
     model = load_model(args, device, dtype)
@@ -540,7 +592,7 @@ def main():
                 arrivals = np.random.default_rng(args.seed).exponential(1 / rate, len(workload)).cumsum()
                 rows += in_turns(variants, "latency", rate, 1, lambda v: run(v, 2560, arrivals), warm_up)
     result["rows"] = rows
-    layer = model.transformer.h[0].attn.c_attn
+    layer = benched_layer(model)
     result["eq7"] = dict(predicted=predict_inflection(layer, args.slots, 1, device, dtype),
                          measured={name: measured_inflection(rows, name) for name in LORA_ROWS})
 

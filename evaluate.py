@@ -55,7 +55,7 @@ from tqdm import tqdm
 import flora
 from flora import BadInput
 from generate import Engine, cut_at_stop, load_adapters, load_model, read_jsonl, read_results, rewrite_results
-from model import EMBEDDED, add_common_flags, read_json, run_main, write_json
+from model import add_common_flags, read_json, run_main, write_json
 from train import LEARNING_RATE
 from train import parse_args as train_args
 
@@ -383,9 +383,9 @@ def sample_completions(model, tokenizer, adapter_id, todo, max_new_tokens=512, t
             # a stop that is new ends in the tokens read last, and spans a token per byte at most
             tail = max((len(s.encode()) for s in problem.stops), default=0) + engine.sync_every
             stopped = problem.stops and (lambda ids, tail=tail, stops=problem.stops: any(
-                s in tokenizer.decode(ids[-tail:]) for s in stops))
+                s in tokenizer.decode(ids[-tail:], continues=True) for s in stops))
             request = engine.submit(
-                tokenizer.encode(problem.prompt.rstrip()), adapter_id=adapter_id, max_new_tokens=max_new_tokens,
+                tokenizer.encode(problem.prompt.rstrip(), bos=True), adapter_id=adapter_id, max_new_tokens=max_new_tokens,
                 temperature=temperature, top_p=top_p, seed=zlib.crc32(f"{seed} {problem.name} {number}".encode()),
                 eos_id=tokenizer.eos_id, stopped=stopped or None)
             asked[request] = problem, number
@@ -394,7 +394,7 @@ def sample_completions(model, tokenizer, adapter_id, todo, max_new_tokens=512, t
         for request, _ in engine.step():
             if request.state in ("done", "failed"):
                 problem, number = asked.pop(request)
-                text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id])
+                text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id], continues=True)
                 yield problem, number, cut_at_stop(text, problem.stops), len(request.ids), request.error
 
 

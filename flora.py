@@ -34,8 +34,14 @@ TARGETS = {  # name for --targets: the projection of a block that it adapts
     "c_proj": "attn.c_proj",
     "c_fc": "mlp.c_fc",
     "mlp.c_proj": "mlp.c_proj",
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},   # Llama's
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
-DEFAULT_TARGETS = {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj")}
+DEFAULT_TARGETS = {  # {model_type: {kind: targets}}, PEFT's for LoRA and IA3
+    "gpt_bigcode": {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj")},
+    "llama": {"flora": ("q_proj", "v_proj"), "lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj")},
+}
+SCALES_INPUT = ("mlp.c_proj", "down_proj")   # where PEFT's IA3 scales what goes in, not what comes out
 
 
 class BadInput(ValueError):
@@ -118,8 +124,8 @@ class Adapter(nn.Module):
     """One adapter of one projection W0 [d, k]: the float32 tensors that train and that are saved.
 
     flora, lora: B [d, r] and A [r, hi - lo], where [lo, hi) are the output columns it adapts.
-    ia3: l [hi - lo], a scale on those outputs, bias included; on mlp.c_proj, l [d] on the inputs
-    (where PEFT places it). Every kind starts as the base model, exactly.
+    ia3: l [hi - lo], a scale on those outputs, bias included; on SCALES_INPUT, l [d] on the inputs.
+    Every kind starts as the base model, exactly.
     """
 
     def __init__(self, kind, rank, target, d, k, alpha=8.0, device=None):
@@ -128,7 +134,7 @@ class Adapter(nn.Module):
         lo, hi = {"c_attn.qk": (0, d + head), "c_attn.k": (d, d + head)}.get(target, (0, k))
         self.kind, self.rank, self.target, self.alpha = kind, rank, target, alpha
         self.d, self.columns = d, (lo, hi)
-        self.scales_input = kind == "ia3" and target == "mlp.c_proj"
+        self.scales_input = kind == "ia3" and target in SCALES_INPUT
         if kind == "ia3":
             self.l = nn.Parameter(torch.ones(d if self.scales_input else hi - lo, device=device))
             return
@@ -364,14 +370,16 @@ def make_adapters(model, kind, rank, targets, alpha):
         rank = 0.5  # the paper's name for it; it decides nothing
     elif not (isinstance(rank, int) and rank >= 1):
         raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
+    known = [target for target, projection in TARGETS.items()
+             if any(name.endswith("." + projection) for name, _ in adapter_layers(model))]
     if targets is None:
-        targets = DEFAULT_TARGETS[kind]
+        targets = DEFAULT_TARGETS[model.config.model_type][kind]
     elif "all" in targets:
-        targets = ("c_attn", "c_proj", "c_fc", "mlp.c_proj")
+        targets = [target for target in known if TARGETS[target].endswith(target)]   # whole projections
     made = {}
     for target in targets:
-        if target not in TARGETS:
-            raise BadInput(f"unknown target {target!r}; use one of {', '.join(TARGETS)}, or all")
+        if target not in known:
+            raise BadInput(f"unknown target {target!r}; use one of {', '.join(known)}, or all")
         for name, layer in adapter_layers(model):
             if name.endswith("." + TARGETS[target]):
                 if name in made:
@@ -397,7 +405,7 @@ def add_adapter(model, kind, rank=1, targets=None, alpha=8.0):
     """Add a new adapter, exactly the base model until trained, to every layer that `targets` names.
 
     kind: "flora", "lora" or "ia3" (which has no rank). targets: names out of TARGETS, or ["all"];
-    None takes DEFAULT_TARGETS[kind]. alpha: LoRA's, 8 as in PEFT. Returns the adapter's id, from 1.
+    None takes the DEFAULT_TARGETS of the model's family. alpha: LoRA's, 8 as in PEFT. Returns the adapter's id, from 1.
     Raises BadInput for an unknown kind or target and for a rank below 1.
     """
     return attach(model, make_adapters(model, kind, rank, targets, alpha))

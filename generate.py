@@ -52,7 +52,7 @@ def sample(logits, temperature, top_k, top_p, u):
 @dataclass(eq=False)
 class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
-    prompt: list                  # token ids; empty is <|endoftext|>
+    prompt: list                  # token ids; empty is the config's eos_token_id
     adapter_id: int = BASE
     max_new_tokens: int = 64
     temperature: float = 0.0      # 0 is greedy
@@ -98,7 +98,7 @@ class Engine:
         self.model, self.slots, self.continuous = model, slots, continuous
         self.length = min(length or model.config.n_positions, model.config.n_positions)
         self.max_batched_tokens = max_batched_tokens
-        self.device = device = model.transformer.wte.weight.device
+        self.device = device = model.wte.weight.device
         self.sync_every = sync_every or (8 if device.type == "cuda" else 1)
         self.forward = torch.compile(model, dynamic=False) if compile else model
         self.fixed_shapes = compile or device.type == "cuda"
@@ -109,7 +109,7 @@ class Engine:
         self.unread = []                      # tokens [n] of each step since the last sync
         self.steps = 0
         self.logits = None                    # [n, vocab] of the token that comes next
-        self.kv_cache = model.new_kv_cache(slots, self.length)                # [n_layer, 2, slots, S, D]
+        self.kv_cache = model.new_kv_cache(slots, self.length)                # [n_layer, 2, slots, K, S, D]
         self.rows = dict(                     # per slot; the first n are running requests
             token=torch.zeros(slots, dtype=torch.int64, device=device),       # the last one picked
             position=torch.zeros(slots, dtype=torch.int64, device=device),    # of the next one
@@ -245,9 +245,9 @@ class Engine:
         self.running += newcomers
         # Prompts are padded on the right; the logits are those of each one's own last token
         adapter_ids = self.rows["adapter_id"][n:n + m] if any(r.adapter_id for r in newcomers) else None
-        hidden = self.model.hidden(ids.to(self.device), adapter_ids, self.kv_cache[:, :, n:n + m, :longest])
+        hidden = self.model.hidden(ids.to(self.device), adapter_ids, self.kv_cache[:, :, n:n + m, :, :longest])
         last = self.rows["position"][n:n + m] - 1
-        logits = self.model.lm_head(hidden[torch.arange(m, device=self.device), last])
+        logits = self.model.logits(hidden[torch.arange(m, device=self.device), last])
         self.logits = torch.cat([self.logits[:n], logits]) if n else logits
         self.recompose()
 
@@ -301,7 +301,7 @@ class Engine:
         last = self.running.pop()
         if i < len(self.running):
             j, length = len(self.running), last.offset + self.steps
-            self.kv_cache[:, :, i, :length] = self.kv_cache[:, :, j, :length]
+            self.kv_cache[:, :, i, :, :length] = self.kv_cache[:, :, j, :, :length]
             for rows in (self.logits, *self.rows.values()):
                 rows[i] = rows[j]
             self.running[i] = last
@@ -313,7 +313,7 @@ class Engine:
             self.logits = self.decode_all(min(self.length, -(-length // 256) * 256))[:n]
         else:
             self.logits = self.forward(self.rows["token"][:n, None], self.adapters,
-                                       self.kv_cache[:, :, :n, :length], self.rows["position"][:n, None])[:, 0]
+                                       self.kv_cache[:, :, :n, :, :length], self.rows["position"][:n, None])[:, 0]
         self.rows["position"][:n] += 1
 
     def decode_all(self, length):
@@ -326,7 +326,7 @@ class Engine:
             adapter_ids = self.rows["adapter_id"] if self.has_adapters else None
             position = self.rows["position"].clamp(max=length - 1)
             return self.forward(self.rows["token"][:, None], adapter_ids,
-                                self.kv_cache[:, :, :, :length], position[:, None])[:, 0]
+                                self.kv_cache[:, :, :, :, :length], position[:, None])[:, 0]
         if self.device.type != "cuda":
             return run()
         if length not in self.graphs:
@@ -406,6 +406,13 @@ class Printer:
 def cut_at_stop(text, stops):
     """text up to the first of the strings `stops`."""
     return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
+
+
+def truncate(ids, room, bos_id):
+    """The last `room` of ids (at least one), a bos at their start kept."""
+    room = max(1, room)
+    kept = 1 if room > 1 and ids[:1] == [bos_id] else 0
+    return ids if len(ids) <= room else ids[:kept] + ids[kept - room:]
 
 
 REQUEST_KEYS = {"prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
@@ -494,16 +501,16 @@ def serve(args, model, tokenizer):
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, stop=args.stop))
     finished = resume_results(args.results, requests)
     loaded = load_adapters(model, [r["adapter"] for r in requests.values()])
-    slots = args.slots or (8 if model.transformer.wte.weight.device.type == "cpu" else 64)
+    slots = args.slots or (8 if model.wte.weight.device.type == "cpu" else 64)
     engine = Engine(model, min(slots, len(requests)), max_batched_tokens=args.max_batched_tokens,
                     continuous=not args.static_batching, compile=args.compile)
     lines = {}
     for line, r in requests.items():
         if line not in finished:
-            ids = tokenizer.encode(r["prompt"])
+            ids = tokenizer.encode(r["prompt"], bos=True)
             if args.truncate:
-                ids = ids[-max(1, model.config.n_positions - r["max_new_tokens"]):]
-            stopped = r["stop"] and (lambda ids, stop=r["stop"]: any(s in tokenizer.decode(ids) for s in stop))
+                ids = truncate(ids, model.config.n_positions - r["max_new_tokens"], tokenizer.bos_id)
+            stopped = r["stop"] and (lambda ids, stop=r["stop"]: any(s in tokenizer.decode(ids, True) for s in stop))
             settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
             lines[engine.submit(ids, adapter_id=loaded[r["adapter"]], eos_id=tokenizer.eos_id,
                                 stopped=stopped or None, **settings)] = line
@@ -514,7 +521,7 @@ def serve(args, model, tokenizer):
             for request, _ in engine.step():
                 if request.state in ("done", "failed"):
                     r = requests[lines[request]]
-                    text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id])
+                    text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id], continues=True)
                     f.write(json.dumps(r | dict(line=lines[request], tokens=request.ids, error=request.error,
                                                 text=cut_at_stop(text, r["stop"]))) + "\n")
                     f.flush()
@@ -611,7 +618,7 @@ def main():
     loaded = load_adapters(model, names)
     adapter_ids = [loaded[name] for name in names] if len(loaded) > 1 else None
 
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
     if args.suffix:
         if tokenizer.fim_ids is None:
             raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle tokens; "
@@ -620,22 +627,21 @@ def main():
         suffixes = one_each(args.suffix, len(prompts), "--suffix")
         ids = [prefix + p + suffix + tokenizer.encode(s) + middle for p, s in zip(ids, suffixes)]
     if args.truncate:
-        room = max(1, model.config.n_positions - args.max_new_tokens)
-        ids = [row[-room:] for row in ids]
+        ids = [truncate(row, model.config.n_positions - args.max_new_tokens, tokenizer.bos_id) for row in ids]
 
     new = [[] for _ in prompts]
     texts = [""] * len(prompts)
     held_back = max(map(len, args.stop), default=1) - 1  # characters that may turn out to be a stop
 
     def stopped(row, row_ids):
-        return any(s in tokenizer.decode(row_ids) for s in args.stop)
+        return any(s in tokenizer.decode(row_ids, continues=True) for s in args.stop)
 
     printer, start = Printer(prompts), time.time()
     for fresh in generate_steps(model, ids, adapter_ids, args.max_new_tokens, args.temperature, args.top_k,
                                 args.top_p, args.seed, tokenizer.eos_id, stopped if args.stop else None):
         for row, token in fresh.items():
             new[row].append(token)
-            texts[row] = tokenizer.decode([i for i in new[row] if i != tokenizer.eos_id])
+            texts[row] = tokenizer.decode([i for i in new[row] if i != tokenizer.eos_id], continues=True)
             certain = texts[row].rstrip("\ufffd")  # a character whose bytes have not all come yet
             printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
     seconds, count = time.time() - start, sum(map(len, new))

@@ -1,18 +1,28 @@
-"""StarCoder (GPTBigCode) in one file: the transformer, its KV cache, Hugging Face folders, tokenizers.
+"""StarCoder (GPTBigCode) and Llama in one file: the transformer, its KV cache, Hugging Face folders, tokenizers.
 
-Pre-LayerNorm, learned positions, multi-query attention (one key/value head for all query heads),
-tanh-GELU MLP, biases everywhere, output embedding tied to the input's. The four projections of each
-block are `flora.AdapterLinear`, so every row of a batch may run its own adapter.
+One pre-norm decoder with a few choices, all made by `GPTConfig.model_type`:
 
-Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, D = C / H.
+                  gpt_bigcode (StarCoder)                llama
+  norm            LayerNorm                              RMSNorm
+  positions       learned, added to the embedding        rotary (RoPE), of query and key
+  attention       c_attn: query, one key, one value      q_proj, k_proj, v_proj: n_kv_head keys and values
+  MLP             c_proj(gelu(c_fc x))                   down_proj(silu(gate_proj x) ∘ up_proj x), SwiGLU
+  biases          everywhere                             none
+  output          tied to the input embedding            tied or not
+
+The projections of each block are `flora.AdapterLinear`, so every row of a batch may run its own
+adapter. Parameters carry the names that Hugging Face gives them in either family.
+
+Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
 import hashlib
+import math
 import os
 import pickle
 import shutil
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +36,7 @@ from flora import (AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul
 
 @dataclass
 class GPTConfig:
-    """Sizes by Hugging Face's names. The defaults are StarCoder's, 15B parameters."""
+    """Sizes, by the names of StarCoder's config.json. The defaults are StarCoder's, 15B parameters."""
     vocab_size: int = 49152
     n_positions: int = 8192       # context length, in tokens
     n_embd: int = 6144
@@ -37,6 +47,27 @@ class GPTConfig:
     initializer_range: float = 0.02
     eos_token_id: int = 0         # <|endoftext|>
     activation_function: str = "gelu_pytorch_tanh"   # the 15B checkpoint says "gelu": the exact one
+    model_type: str = "gpt_bigcode"      # or "llama"
+    bos_token_id: int = 0
+    n_kv_head: int = 1                   # key/value heads, each shared by n_head / n_kv_head query heads
+    head_dim: int | None = None          # None is n_embd / n_head
+    tie_word_embeddings: bool = True     # the output embedding is the input's
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None     # as in config.json: rope_type (linear or llama3), factor, ...
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise BadInput(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            self.head_dim = self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise BadInput(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+
+
+def llama_config(**sizes):
+    """A GPTConfig with Llama 2's choices."""
+    return GPTConfig(**dict(vocab_size=32000, n_positions=4096, model_type="llama", activation_function="silu",
+                            bos_token_id=1, eos_token_id=2, tie_word_embeddings=False) | sizes)
 
 
 PRESETS = {
@@ -45,99 +76,166 @@ PRESETS = {
     "starcoderbase-3b": GPTConfig(n_embd=2816, n_layer=36, n_head=22, n_inner=11264),
     "starcoderbase-7b": GPTConfig(n_embd=4096, n_layer=42, n_head=32, n_inner=16384),
     "starcoder": GPTConfig(activation_function="gelu"),
+    "llama-2-7b": llama_config(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_inner=11008),
+    "llama-2-13b": llama_config(n_embd=5120, n_layer=40, n_head=40, n_kv_head=40, n_inner=13824),
+    # Both families at 27 M parameters, to compare them on a CPU (bench.py)
+    "starcoder-cpu": GPTConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_inner=2048),
+    "llama-cpu": llama_config(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_kv_head=8,
+                              n_inner=1184, tie_word_embeddings=True),
 }
 
 
+def rope_frequencies(config, device):
+    """RoPE: the angle per token by which each pair of a head's D dimensions turns, float32 [D / 2]."""
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    slow = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    # llama3: waves longer than the context that it was pretrained with are stretched, short ones kept
+    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)   # in that context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return torch.lerp(slow, frequencies, ((waves - low) / (high - low)).clamp(0, 1))
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x_i, x_{i + D/2}) of x [B, h, T, D] by angles of cos, sin [B or 1, 1, T, D / 2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
 def attend(q, k, v, mask=None, flash=True):
-    """Multi-query attention: q [B, H, T, D] over one key/value head k, v [B, S, D] -> [B, H, T, D].
+    """Grouped-query attention: q [B, H, T, D] over k, v [B, K, S, D], H / K query heads to each key
+    head (K = 1 is multi-query attention) -> [B, H, T, D].
 
     mask [B, T, S], in q's dtype: 0 where a query may look, else -inf; None is causal, with S = T.
-    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). With one
-    key head all query heads are rows of one matmul, which for one token on a CPU is the faster way.
+    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All query
+    heads of a key head are rows of one matmul, which for one token on a CPU is the faster way.
     """
     B, H, T, D = q.shape
+    K = k.shape[1]
     mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
     if flash and not (T == 1 and q.device.type == "cpu"):
-        k, v = k[:, None].expand(B, H, -1, D), v[:, None].expand(B, H, -1, D)
+        k, v = (x[:, :, None].expand(B, K, H // K, -1, D).flatten(1, 2) for x in (k, v))   # [B, H, S, D]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), device=q.device).triu(1)
-    scores = (q.reshape(B, H * T, D) @ k.mT).view(B, H, T, -1)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # [B K, S, D]
+    scores = (q.reshape(B * K, H // K * T, D) @ k.mT).view(B, H, T, -1)
     weights = torch.add(mask, scores.float(), alpha=D**-0.5).softmax(-1).to(q.dtype)   # [B, H, T, S]
-    return (weights.view(B, H * T, -1) @ v).view(B, H, T, D)
+    return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, self.n_head = config.n_embd, config.n_head
-        self.head_dim = C // config.n_head
+        C, self.head_dim = config.n_embd, config.head_dim
+        self.widths = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
         self.flash = True
-        self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)  # rows: [query C | key D | value D]
-        self.c_proj = AdapterLinear(C, C)
+        self.fused = config.model_type == "gpt_bigcode"
+        if self.fused:
+            self.c_attn = AdapterLinear(C, sum(self.widths))   # rows: [query C | key D | value D]
+            self.c_proj = AdapterLinear(C, C)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (AdapterLinear(C, width, bias=False) for width in self.widths)
+            self.o_proj = AdapterLinear(self.widths[0], C, bias=False)
 
-    def forward(self, x, adapter_ids, kv_cache, index, mask):
+    def forward(self, x, adapter_ids, kv_cache, index, mask, rope):
         B, T, C = x.shape
-        D = self.head_dim
-        q, k, v = self.c_attn(x, adapter_ids).split([C, D, D], dim=-1)
-        q = q.view(B, T, self.n_head, D).transpose(1, 2)                      # [B, H, T, D]
-        if kv_cache is not None:  # [2, B, S, D]
+        if self.fused:
+            qkv = self.c_attn(x, adapter_ids).split(self.widths, dim=-1)
+        else:
+            qkv = [project(x, adapter_ids) for project in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)   # [B, H or K, T, D]
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if kv_cache is not None:  # [2, B, K, S, D]
             if index is None:  # prefill: the cache is empty, attend among the new tokens
-                kv_cache[0, :, :T], kv_cache[1, :, :T] = k, v
+                kv_cache[0, :, :, :T], kv_cache[1, :, :, :T] = k, v
             else:              # decode: attend to all that each row has cached so far
                 kv_cache[0][index], kv_cache[1][index] = k, v
                 k, v = kv_cache
-        y = attend(q, k, v, mask, self.flash)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C), adapter_ids)
+        y = attend(q, k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)
+        return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = AdapterLinear(config.n_embd, config.n_inner)
-        self.c_proj = AdapterLinear(config.n_inner, config.n_embd)
-        self.approximate = "none" if config.activation_function == "gelu" else "tanh"
+        C, inner = config.n_embd, config.n_inner
+        self.gated = config.model_type == "llama"
+        if self.gated:
+            self.gate_proj, self.up_proj = (AdapterLinear(C, inner, bias=False) for _ in range(2))
+            self.down_proj = AdapterLinear(inner, C, bias=False)
+        else:
+            self.c_fc = AdapterLinear(C, inner)
+            self.c_proj = AdapterLinear(inner, C)
+            self.approximate = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x, adapter_ids):
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x, adapter_ids)) * self.up_proj(x, adapter_ids), adapter_ids)
         return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate=self.approximate), adapter_ids)
 
 
+def new_norm(config):
+    return (nn.RMSNorm if config.model_type == "llama" else nn.LayerNorm)(config.n_embd, eps=config.layer_norm_epsilon)
+
+
 class Block(nn.Module):
+    NAMES = {"gpt_bigcode": ("ln_1", "attn", "ln_2", "mlp"),
+             "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")}
+
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        parts = new_norm(config), Attention(config), new_norm(config), MLP(config)
+        for name, part in zip(self.NAMES[config.model_type], parts):
+            self.add_module(name, part)
 
-    def forward(self, x, adapter_ids=None, kv_cache=None, index=None, mask=None):
-        x = x + self.attn(self.ln_1(x), adapter_ids, kv_cache, index, mask)
-        return x + self.mlp(self.ln_2(x), adapter_ids)
+    def forward(self, x, adapter_ids=None, kv_cache=None, index=None, mask=None, rope=None):
+        ln_1, attn, ln_2, mlp = self.children()
+        x = x + attn(ln_1(x), adapter_ids, kv_cache, index, mask, rope)
+        return x + mlp(ln_2(x), adapter_ids)
 
 
 class GPT(nn.Module):
-    """The language model. Parameters carry Hugging Face's names (`transformer.h.0.attn.c_attn.weight`)."""
+    """The language model. Parameters carry Hugging Face's names (`transformer.h.0.attn.c_attn.weight`,
+    `model.layers.0.self_attn.q_proj.weight`); `wte` and `blocks` are those of either family."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise BadInput(f"n_embd {config.n_embd} is not a multiple of n_head {config.n_head}")
         self.config = config
+        self.llama = config.model_type == "llama"
         self.gradient_checkpointing = False   # recompute each block in backward, to save memory
         self.packed = None                    # flora.PackedCopies once it serves on a CPU
         self._fingerprint = None
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.n_positions, config.n_embd),
-            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon),
-        ))
+        wte = nn.Embedding(config.vocab_size, config.n_embd)
+        wpe = None if self.llama else nn.Embedding(config.n_positions, config.n_embd)
+        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        ln_f = new_norm(config)
+        if self.llama:
+            self.model = nn.ModuleDict(dict(embed_tokens=wte, layers=blocks, norm=ln_f))
+        else:
+            self.transformer = nn.ModuleDict(dict(wte=wte, wpe=wpe, h=blocks, ln_f=ln_f))
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "ln_" not in name:  # residual projections start smaller, as in GPT-2
-                depth = 2 * config.n_layer if "c_proj" in name else 1
+            elif p.dim() > 1:  # the norms' gains stay ones; residual projections start smaller, as in GPT-2
+                depth = 2 * config.n_layer if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")) else 1
                 nn.init.normal_(p, std=config.initializer_range / depth**0.5)
+
+    @property
+    def wte(self):
+        """The input embedding."""
+        return self.model.embed_tokens if self.llama else self.transformer.wte
+
+    @property
+    def blocks(self):
+        return self.model.layers if self.llama else self.transformer.h
 
     def hidden(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """All of `forward` but the output embedding -> [B, T, C]."""
@@ -145,25 +243,32 @@ class GPT(nn.Module):
         if T > self.config.n_positions:
             raise BadInput(f"{T} tokens are more than the model's context of "
                            f"{self.config.n_positions} (n_positions); shorten or truncate the prompt")
-        wpe = self.transformer.wpe
-        x = self.transformer.wte(ids)                                         # [B, T, C]
-        x = x + (wpe.weight[:T] if positions is None else wpe(positions))
-        index = mask = None
+        x = self.wte(ids)                                                     # [B, T, C]
+        index = mask = rope = None
+        if self.llama:
+            where = torch.arange(T, device=ids.device)[None] if positions is None else positions
+            angles = where[:, None, :, None] * rope_frequencies(self.config, ids.device)   # [B or 1, 1, T, D / 2]
+            rope = angles.cos(), angles.sin()
+        else:
+            wpe = self.transformer.wpe
+            x = x + (wpe.weight[:T] if positions is None else wpe(positions))
         if positions is not None and kv_cache is not None:
-            index = torch.arange(B, device=ids.device)[:, None], positions     # where k and v go
-            unseen = torch.arange(kv_cache.shape[3], device=ids.device) > positions[:, :, None]
+            row, head = (torch.arange(n, device=ids.device) for n in (B, self.config.n_kv_head))
+            index = row[:, None, None], head[:, None], positions[:, None]     # where k and v [B, K, T, D] go
+            unseen = torch.arange(kv_cache.shape[-2], device=ids.device) > positions[:, :, None]
             mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
-        for i, block in enumerate(self.transformer.h):
+        for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, adapter_ids, use_reentrant=False)
+                x = checkpoint(block, x, adapter_ids, rope=rope, use_reentrant=False)
             else:
-                x = block(x, adapter_ids, layer_cache, index, mask)
-        return self.transformer.ln_f(x)
+                x = block(x, adapter_ids, layer_cache, index, mask, rope)
+        return (self.model.norm if self.llama else self.transformer.ln_f)(x)
 
-    def lm_head(self, x):
-        """x [..., C] -> logits [..., vocab_size], by the tied input embedding."""
-        return matmul(x, packed_columns(self.transformer.wte.weight, self.packed))
+    def logits(self, x):
+        """x [..., C] from `hidden` -> logits [..., vocab_size], by the output embedding."""
+        output = self.wte if self.config.tie_word_embeddings else self.lm_head
+        return matmul(x, packed_columns(output.weight, self.packed))
 
     def forward(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """ids int64 [B, T] -> logits [B, T, vocab_size], in the model's dtype.
@@ -174,23 +279,24 @@ class GPT(nn.Module):
         With positions int64 [B, T], each row's tokens are written there and see what that row has
         cached up to them (decode).
         """
-        return self.lm_head(self.hidden(ids, adapter_ids, kv_cache, positions))
+        return self.logits(self.hidden(ids, adapter_ids, kv_cache, positions))
 
     def new_kv_cache(self, batch, length):
-        """An empty static cache [n_layer, 2, B, S, D], in the model's dtype, for `length` = S tokens."""
-        c, weight = self.config, self.transformer.wte.weight
-        return torch.zeros(c.n_layer, 2, batch, length, c.n_embd // c.n_head,
+        """An empty static cache [n_layer, 2, B, K, S, D], in the model's dtype, for `length` = S tokens."""
+        c, weight = self.config, self.wte.weight
+        return torch.zeros(c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim,
                            dtype=weight.dtype, device=weight.device)
 
     def set_attention(self, flash):
         """Choose F.scaled_dot_product_attention (True) or plain math (False), as `attend` explains."""
-        for block in self.transformer.h:
-            block.attn.flash = flash
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.flash = flash
 
     def pack(self):
         """Serve with packed weights where that is faster (flora.matmul): on a CPU, in float32. Costs
         a second copy of the weights, made at first use; training ignores it."""
-        weight = self.transformer.wte.weight
+        weight = self.wte.weight
         if weight.device.type == "cpu" and weight.dtype == torch.float32 and self.packed is None \
                 and torch.backends.mkldnn.is_available():
             for module in [self, *(layer for _, layer in adapter_layers(self))]:
@@ -216,19 +322,19 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """Load a Hugging Face GPTBigCode folder: config.json and weights as safetensors or
+        """Load a Hugging Face GPTBigCode or Llama folder: config.json and weights as safetensors or
         pytorch_model*.bin (never unpickled beyond tensors), in one file or in shards.
 
         Each tensor is read into place in `dtype`, so memory peaks near one copy of the model.
-        Raises BadInput, naming the file or key, for what is missing, misshaped or not StarCoder.
+        Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
         """
         with torch.device("meta"):
             model = cls(read_config(folder))
         model = model.to(dtype).to_empty(device=device)
         parameters, samples = model.base_parameters(), {}
         for file, name, tensor in stored_tensors(folder):
-            if name == "lm_head.weight":  # a copy of the tied embedding
-                continue
+            if name not in parameters and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
+                continue  # a copy of the tied embedding; RoPE's frequencies, which old Llama files hold
             if name not in parameters:
                 raise BadInput(f"{file}: unexpected tensor {name}; the model of {folder}/config.json "
                                "has no such parameter")
@@ -253,14 +359,8 @@ class GPT(nn.Module):
         os.makedirs(folder, exist_ok=True)
         tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
                    for name, p in self.base_parameters().items()}
-        stored = tensors["transformer.wte.weight"].dtype
-        config = asdict(self.config) | dict(
-            model_type="gpt_bigcode", architectures=["GPTBigCodeForCausalLM"], multi_query=True,
-            scale_attn_weights=True,
-            tie_word_embeddings=True, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
-            bos_token_id=self.config.eos_token_id, torch_dtype=str(stored).removeprefix("torch."))
         save_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-        write_json(os.path.join(folder, "config.json"), config)
+        write_json(os.path.join(folder, "config.json"), to_json(self.config, dtype or self.wte.weight.dtype))
 
 
 def sample(tensor):
@@ -277,25 +377,78 @@ def fingerprint(samples):
     return digest.hexdigest()[:16]
 
 
+KEYS = {  # by family, {field of GPTConfig: key of config.json}, where the two differ
+    "gpt_bigcode": {},
+    "llama": dict(n_positions="max_position_embeddings", n_embd="hidden_size", n_layer="num_hidden_layers",
+                  n_head="num_attention_heads", n_inner="intermediate_size", layer_norm_epsilon="rms_norm_eps",
+                  activation_function="hidden_act", n_kv_head="num_key_value_heads"),
+}
+SUPPORTED = {  # {key of config.json: the values that are implemented, the default first}
+    "gpt_bigcode": {"multi_query": [True], "scale_attn_weights": [True], "tie_word_embeddings": [True],
+                    "activation_function": ["gelu_pytorch_tanh", "gelu"]},
+    "llama": {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
+              "tie_word_embeddings": [False, True]},
+}
+ROPE_TYPES = {  # the values of rope_scaling["rope_type"], each with the numbers it needs
+    "default": (), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
 def read_config(folder):
-    """The GPTConfig of a Hugging Face folder; BadInput names the key that is not StarCoder's."""
+    """The GPTConfig of a Hugging Face folder; BadInput names the key that is not supported."""
     if not os.path.isdir(folder):
         raise BadInput(f"{folder}: no such model folder")
     file = os.path.join(folder, "config.json")
     config = read_json(file)
-    supported = {"model_type": ["gpt_bigcode"], "multi_query": [True], "scale_attn_weights": [True],
-                 "tie_word_embeddings": [True], "activation_function": ["gelu_pytorch_tanh", "gelu"]}
-    for key, values in supported.items():
-        if config.get(key, None if key == "model_type" else values[0]) not in values:
-            raise BadInput(f"{file}: {key} is {config.get(key)!r}, but only "
-                           f"{' or '.join(map(repr, values))} is supported")
-    fields = {key: config[key] for key in GPTConfig.__dataclass_fields__ if config.get(key) is not None}
-    if "n_inner" not in fields and isinstance(fields.get("n_embd"), int):
+
+    def check(key, value, values):
+        if value not in values:
+            raise BadInput(f"{file}: {key} is {value!r}, but only {' or '.join(map(repr, values))} is supported")
+
+    family = config.get("model_type")
+    check("model_type", family, list(KEYS))
+    for key, values in SUPPORTED[family].items():
+        check(key, config.get(key, values[0]), values)
+    keys = {field: KEYS[family].get(field, field) for field in GPTConfig.__dataclass_fields__}
+    fields = {field: config[key] for field, key in keys.items() if config.get(key) is not None}
+    if isinstance(fields.get("eos_token_id"), list):
+        fields["eos_token_id"] = fields["eos_token_id"][0]
+    if family == "llama":
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}   # transformers 5's, and before
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        check("rope_type", kind, list(ROPE_TYPES))
+        for key in ROPE_TYPES[kind]:
+            if not isinstance(rope.get(key), (int, float)):
+                raise BadInput(f"{file}: rope_type {kind} needs a number {key}, not {rope.get(key)!r}")
+        scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
+        fields = dict(layer_norm_epsilon=1e-6, n_kv_head=fields.get("n_head"), tie_word_embeddings=False) | fields
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        if not isinstance(theta, (int, float)):
+            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number")
+        fields |= dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
+    elif "n_inner" not in fields and isinstance(fields.get("n_embd"), int):
         fields["n_inner"] = 4 * fields["n_embd"]
-    for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-        if type(fields.get(key)) is not int or fields[key] < 1:
-            raise BadInput(f"{file}: {key} is {fields.get(key)!r}, but must be a positive whole number")
+    for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_head", "head_dim"):
+        value = fields.get(field, 1 if field in ("n_kv_head", "head_dim") else None)
+        if type(value) is not int or value < 1:
+            raise BadInput(f"{file}: {keys[field]} is {value!r}, but must be a positive whole number")
     return GPTConfig(**fields)
+
+
+def to_json(config, dtype):
+    """The config.json of a GPTConfig, for transformers 4 and 5 and for read_config."""
+    family, value = config.model_type, vars(config)
+    fields = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
+              "initializer_range", "bos_token_id", "eos_token_id", "activation_function", "tie_word_embeddings"]
+    if family == "llama":
+        fields += ["n_kv_head", "head_dim", "rope_theta", "rope_scaling"]
+        rest = dict(architectures=["LlamaForCausalLM"])
+    else:
+        rest = dict(architectures=["GPTBigCodeForCausalLM"], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    return (dict(model_type=family) | {key: values[0] for key, values in SUPPORTED[family].items()}
+            | {KEYS[family].get(field, field): value[field] for field in fields}
+            | rest | dict(torch_dtype=str(dtype).removeprefix("torch.")))
 
 
 def stored_tensors(folder):
@@ -338,13 +491,18 @@ def stored_tensors(folder):
 # -------------------------------------------------------------------------------------- tokenizers
 
 FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json (StarCoder's, by `tokenizers`) or
-    tokenizer.model (the embedded model's, by `sentencepiece`). decode(encode(text)) == text.
+    """The tokenizer of a model folder: tokenizer.json (by `tokenizers`) or tokenizer.model (by
+    `sentencepiece`; the embedded model's, Llama 2's). decode(encode(text)) == text, but for the
+    character ▁ (U+2581) in a tokenizer.json of Llama 2's kind, which takes it for a space.
 
-    eos_id: <|endoftext|>. fim_ids: the ids of FIM_TOKENS, or None.
+    eos_id: what ends a text: config.json's eos_token_id (of several the first; generate.py's --stop
+    takes the others), else the first of EOS_TOKENS that it has.
+    bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
+    fim_ids: the ids of FIM_TOKENS, or None.
     """
 
     def __init__(self, folder):
@@ -356,14 +514,26 @@ class Tokenizer:
             if self.files[0].endswith(".json"):
                 from tokenizers import Tokenizer as HFTokenizer
                 self.hf, self.sp = HFTokenizer.from_file(self.files[0]), None
+                marked, plain = (self.hf.encode("a", add_special_tokens=add).ids for add in (True, False))
+                self.bos_id = None if marked[:1] == plain[:1] else marked[0]
             else:
                 from sentencepiece import SentencePieceProcessor
-                self.hf, self.sp = None, SentencePieceProcessor(model_file=self.files[0])
+                with open(self.files[0], "rb") as f:
+                    proto = f.read()
+                normal = SentencePieceProcessor(model_proto=proto).normalize("a")
+                # Llama's puts a space before a text. encode does that instead, so that a text may come in
+                # parts: a field at the end of a protobuf, normalizer_spec.add_dummy_prefix = 0, overrides
+                self.hf, self.sp = None, SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+                self.prefix = " " if normal.startswith("▁") else ""
+                self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
         except Exception as e:  # tokenizers raises plain Exception
             raise BadInput(f"{self.files[0]}: not a readable tokenizer ({e})") from e
-        self.eos_id = self.token_id("<|endoftext|>")
+        config = os.path.join(folder, "config.json")
+        ends = read_json(config).get("eos_token_id") if os.path.isfile(config) else None
+        ends = ends if isinstance(ends, list) else [ends, *map(self.token_id, EOS_TOKENS)]
+        self.eos_id = next((i for i in ends if i is not None), None)
         if self.eos_id is None:
-            raise BadInput(f"{self.files[0]}: has no <|endoftext|> token")
+            raise BadInput(f"{self.files[0]}: has none of {', '.join(EOS_TOKENS)}, and config.json no eos_token_id")
         fim_ids = [self.token_id(token) for token in FIM_TOKENS]
         self.fim_ids = None if None in fim_ids else fim_ids
 
@@ -377,19 +547,25 @@ class Tokenizer:
     def vocab_size(self):
         return self.hf.get_vocab_size() if self.hf else self.sp.vocab_size()
 
-    def encode(self, text):
-        """text -> list of ids, no special token added."""
+    def encode(self, text, bos=False):
+        """text -> list of ids. No special token is added, but with bos=True the bos_id, if there is one."""
+        if bos and self.bos_id is not None:
+            return [self.bos_id] + self.encode(text)
         if self.hf:
             return self.hf.encode(text, add_special_tokens=False).ids
+        text = self.prefix + text if text else text
         # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
         low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         first, *rest = (self.sp.encode(part) for part in text.split("▁"))
         return first + [i for part in rest for i in low_line + part]
 
-    def decode(self, ids):
-        """list of ids -> text; bytes that are no UTF-8 become U+FFFD."""
-        ids = list(ids)
-        return self.hf.decode(ids, skip_special_tokens=False) if self.hf else self.sp.decode(ids)
+    def decode(self, ids, continues=False):
+        """list of ids -> text; bytes that are no UTF-8 become U+FFFD. continues: the ids go on from a text
+        (a prompt), so that a space at their start is none that the tokenizer put before it."""
+        ids = (self.encode("x") if continues else []) + list(ids)
+        text = (self.hf.decode(ids, skip_special_tokens=False) if self.hf
+                else self.sp.decode(ids).removeprefix(self.prefix))
+        return text[1:] if continues else text
 
     def save(self, folder):
         """Copy the tokenizer's file into another model folder."""

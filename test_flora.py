@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,21 @@ from model import EMBEDDED, GPT, PRESETS, GPTConfig, Tokenizer, run_main
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
 TINY = FIXTURES / "tiny"   # a Hugging Face folder that fixtures/make_golden.py made
+FAMILIES = ["gpt_bigcode", "llama"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU; the cpu case is the same check"))]
 CONFIG = GPTConfig(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=64)
-MIXED = [("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
-         ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"])]
+LLAMA = dict(model_type="llama", n_kv_head=2, tie_word_embeddings=False, activation_function="silu", rope_scaling=dict(
+    rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16))
+CONFIGS = {"gpt_bigcode": CONFIG, "llama": replace(CONFIG, **LLAMA)}
+MIXED = {"gpt_bigcode": [
+    ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
+    ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"])], "llama": [
+    ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
+    ("flora", 2, ["q_proj", "k_proj"]), ("ia3", 1, ["k_proj", "up_proj"]), ("lora", 2, ["q_proj", "o_proj"])]}
+EACH_MIXED = [(family, *adapter) for family in FAMILIES for adapter in MIXED[family]]
+ALL = {"gpt_bigcode": ["c_attn", "c_proj", "c_fc", "mlp.c_proj"],
+       "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 
 
 def random_model(config, seed=0):
@@ -51,8 +62,8 @@ def random_model(config, seed=0):
     return model
 
 
-def tiny_model(seed=0):
-    return random_model(CONFIG, seed)
+def tiny_model(family="gpt_bigcode", seed=0):
+    return random_model(CONFIGS[family], seed)
 
 
 def random_adapter(model, kind, rank=1, targets=None, size=0.3):
@@ -134,7 +145,7 @@ def test_query_and_key_adapters_leave_the_value_columns_alone(kind):
 @pytest.mark.parametrize("path", ["expand", "materialise"])
 def test_per_token_ids_give_each_chunk_its_own_adapter(path):
     model = tiny_model()
-    for kind, rank, targets in MIXED:
+    for kind, rank, targets in MIXED["gpt_bigcode"]:
         random_adapter(model, kind, rank, targets)
     layer = model.transformer.h[0].attn.c_attn
     x = torch.randn(2, 9, 32)
@@ -145,13 +156,14 @@ def test_per_token_ids_give_each_chunk_its_own_adapter(path):
         assert torch.allclose(y[ids == i], alone[ids == i], atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("path", ["auto", "expand", "materialise"])
-def test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone(path):
+def test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone(path, family):
     """Alone: a model that holds only that one adapter, so neither padding nor numbering is shared."""
-    model, alone = tiny_model(), [tiny_model()]
-    for kind, rank, targets in MIXED:
+    model, alone = tiny_model(family), [tiny_model(family)]
+    for kind, rank, targets in MIXED[family]:
         adapter_id = random_adapter(model, kind, rank, targets)
-        alone.append(tiny_model())
+        alone.append(tiny_model(family))
         flora.add_adapter(alone[-1], kind, rank, targets)
         for mine, other in zip(flora.adapter_parameters(model, adapter_id).values(),
                                flora.adapter_parameters(alone[-1], 1).values()):
@@ -169,10 +181,11 @@ def test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone(path):
             assert adapter_id == 0 or (logits[row] - logits[1]).abs().max() > 1e-2  # it does something
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("kind", flora.KINDS)
-def test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit(kind, rank):
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+def test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit(kind, rank, family):
+    model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
     flora.add_adapter(model, kind, rank, ["all"])
     for path in ("expand", "materialise"):
         for _, layer in flora.adapter_layers(model):
@@ -240,21 +253,22 @@ def test_ids_that_no_adapter_has_are_refused():
             model(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([bad]))
 
 
-def test_only_the_adapter_gets_gradients():
-    model = tiny_model()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_adapter_gets_gradients(family):
+    model = tiny_model(family)
     model.requires_grad_(False)
     adapter_id = flora.add_adapter(model, "flora", 2, ["all"])
     model(torch.randint(0, 300, (2, 9)), torch.tensor([1, 1])).sin().sum().backward()
     trained = flora.adapter_parameters(model, adapter_id)
-    assert len(trained) == 2 * 4 * CONFIG.n_layer
+    assert len(trained) == 2 * len(ALL[family]) * CONFIG.n_layer
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in {n.replace(".A", ".adapters.1.A").replace(
             ".B", ".adapters.1.B") for n in trained})
 
 
-@pytest.mark.parametrize("kind,rank,targets", MIXED)
-def test_merging_gives_the_adapted_model(kind, rank, targets):
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+@pytest.mark.parametrize("family,kind,rank,targets", EACH_MIXED)
+def test_merging_gives_the_adapted_model(family, kind, rank, targets):
+    model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
     adapter_id, before = random_adapter(model, kind, rank, targets), model.fingerprint
     wanted = model(ids, torch.tensor([adapter_id] * 2))
     flora.merge_adapter(model, adapter_id)
@@ -267,12 +281,12 @@ def test_merging_gives_the_adapted_model(kind, rank, targets):
 # ---------------------------------------------------------------------------------- adapter files
 
 
-@pytest.mark.parametrize("kind,rank,targets", MIXED)
-def test_saved_adapters_load_equal_and_carry_their_metadata(kind, rank, targets, tmp_path):
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+@pytest.mark.parametrize("family,kind,rank,targets", EACH_MIXED)
+def test_saved_adapters_load_equal_and_carry_their_metadata(family, kind, rank, targets, tmp_path):
+    model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
     adapter_id = random_adapter(model, kind, rank, targets)
     flora.save_adapter(model, adapter_id, tmp_path / "a.safetensors", {"steps": 3})
-    other = tiny_model()
+    other = tiny_model(family)
     flora.add_adapter(other, "lora", 2)
     loaded = flora.load_adapter(other, tmp_path / "a.safetensors")
     assert loaded == 2 and os.listdir(tmp_path) == ["a.safetensors"]
@@ -281,8 +295,8 @@ def test_saved_adapters_load_equal_and_carry_their_metadata(kind, rank, targets,
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         metadata = json.loads(f.metadata()["flora_adapter"])
     assert metadata["kind"] == kind and metadata["base"] == model.fingerprint
-    assert metadata["targets"] == list(targets and ["c_attn", "c_proj", "c_fc", "mlp.c_proj"]
-                                       if targets == ["all"] else targets or flora.DEFAULT_TARGETS[kind])
+    assert metadata["targets"] == list(
+        ALL[family] if targets == ["all"] else targets or flora.DEFAULT_TARGETS[family][kind])
     assert metadata["training"] == {"steps": 3}
 
 
@@ -329,6 +343,7 @@ def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     ("flora", 0, None, "rank is 0; use a whole number of at least 1"),
     ("lora", 1.5, None, "rank is 1.5; use a whole number"),
     ("flora", 1, ["wq"], "unknown target 'wq'; use one of c_attn, c_attn.qk.*or all"),
+    ("flora", 1, ["q_proj"], "unknown target 'q_proj'; use one of c_attn, c_attn.qk, .*mlp.c_proj, or all"),
     ("flora", 1, ["c_attn", "c_attn.qk"], "adapt transformer.h.0.attn.c_attn twice"),
 ])
 def test_adapters_that_cannot_be_are_refused_in_a_sentence(kind, rank, targets, sentence):
@@ -339,11 +354,12 @@ def test_adapters_that_cannot_be_are_refused_in_a_sentence(kind, rank, targets, 
 # -------------------------------------------------------------------------------------- the model
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("flash", [True, False])
-def test_cached_generation_equals_uncached_token_for_token_on_ragged_prompts(flash, device):
+def test_cached_generation_equals_uncached_token_for_token_on_ragged_prompts(flash, device, family):
     """Uncached: each prompt alone, the whole sequence again for every token."""
-    model = tiny_model().to(device)
+    model = tiny_model(family).to(device)
     model.set_attention(flash)
     random_adapter(model, "flora", 2, ["all"])
     prompts = [[5], [7, 8, 9, 10, 11, 12, 13, 14], [1, 2, 3], []]
@@ -358,15 +374,17 @@ def test_cached_generation_equals_uncached_token_for_token_on_ragged_prompts(fla
     assert len({tuple(n) for n in new}) == 4
 
 
-def test_plain_math_attention_equals_scaled_dot_product_attention():
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 20))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_math_attention_equals_scaled_dot_product_attention(family):
+    model, ids = tiny_model(family), torch.randint(0, 300, (2, 20))
     fast = model(ids)
     model.set_attention(False)
     assert (model(ids) - fast).abs().max() < 1e-4
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 20))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_no_gradient(family):
+    model, ids = tiny_model(family), torch.randint(0, 300, (2, 20))
     model.requires_grad_(False)
     random_adapter(model, "flora", 2)
     grads = []
@@ -381,27 +399,42 @@ def test_presets_have_the_published_sizes():
         sizes = {name: sum(p.numel() for p in GPT(config).parameters()) for name, config in PRESETS.items()}
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
         "tiny_starcoder_py": 164, "starcoderbase-1b": 1137, "starcoderbase-3b": 3043,
-        "starcoderbase-7b": 7327, "starcoder": 15517}
+        "starcoderbase-7b": 7327, "starcoder": 15517, "llama-2-7b": 6738, "llama-2-13b": 13016,
+        "starcoder-cpu": 27, "llama-cpu": 27}
 
 
 # -------------------------------------------- golden values: Hugging Face transformers 5.24, PEFT 0.21
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(FIXTURES / "golden.safetensors")
+@pytest.fixture(params=["", "_llama", "_llama3"])
+def name(request):
+    """Of a folder fixtures/tiny{name}: StarCoder, grouped-query Llama, Llama with scaled RoPE."""
+    return request.param
 
 
 @pytest.fixture
-def tiny():
-    return GPT.from_pretrained(TINY).requires_grad_(False)
+def golden(name):
+    return load_file(FIXTURES / f"golden{name}.safetensors")
+
+
+@pytest.fixture
+def tiny(name):
+    return GPT.from_pretrained(FIXTURES / f"tiny{name}").requires_grad_(False)
 
 
 PEFT_CONFIG = {
-    "lora": dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=8, target_modules=["c_attn"], bias="none",
+    "lora": dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=8, bias="none",
                  lora_dropout=0.1, use_dora=False, modules_to_save=None, rank_pattern={}, qalora_group_size=16),
-    "ia3": dict(peft_type="IA3", task_type="CAUSAL_LM", target_modules=["mlp.c_proj", "c_attn"],
-                feedforward_modules=["mlp.c_proj"], init_ia3_weights=True)}
+    "ia3": dict(peft_type="IA3", task_type="CAUSAL_LM", init_ia3_weights=True)}
+PEFT_MODULES = {  # PEFT's defaults, by family
+    "lora": [["c_attn"], ["q_proj", "v_proj"]],
+    "ia3": [["mlp.c_proj", "c_attn"], ["down_proj", "k_proj", "v_proj"]]}
+
+
+def peft_config(kind, keys):
+    """What PEFT wrote beside the tensors of these names."""
+    modules = PEFT_MODULES[kind]["self_attn" in "".join(keys)]
+    return PEFT_CONFIG[kind] | dict(target_modules=modules) | (dict(feedforward_modules=modules[:1]) if kind == "ia3" else {})
 
 
 def peft_folder(folder, kind, golden, **changes):
@@ -409,7 +442,7 @@ def peft_folder(folder, kind, golden, **changes):
     folder.mkdir(exist_ok=True)
     tensors = {key.removeprefix(f"{kind}:"): t for key, t in golden.items() if key.startswith(f"{kind}:")}
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(PEFT_CONFIG[kind] | changes))
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config(kind, tensors) | changes))
     return folder
 
 
@@ -458,12 +491,13 @@ def test_mixed_batch_equals_hugging_face_and_peft_row_by_row(tiny, golden, tmp_p
     assert_close(ours[:, 2], golden["lora_logits"])
 
 
-def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, tmp_path):
+def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp_path):
     tiny.save_pretrained(tmp_path)
-    ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (tmp_path, TINY))
+    ours, theirs = (load_file(Path(f) / "model.safetensors") for f in (tmp_path, FIXTURES / f"tiny{name}"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
+    assert GPT.from_pretrained(tmp_path).config == tiny.config
 
 
 # -------------------------------------------------------------- PEFT's folders and merged checkpoints
@@ -476,11 +510,13 @@ def test_a_peft_folder_comes_back_key_for_key_and_bit_for_bit(tiny, golden, kind
     theirs, ours = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("in", "out"))
     assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors"]
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["attn.c_attn"] + ["mlp.c_proj"] * (kind == "ia3")
+    config, wanted = json.loads((tmp_path / "out" / "adapter_config.json").read_text()), peft_config(kind, theirs)
+    for key in ("target_modules", "feedforward_modules"):   # ours are longer: attn.c_attn
+        assert all(any(m.endswith(module) for m in config[key]) for module in wanted.get(key, []))
+        assert len(config.get(key, [])) == len(wanted.get(key, []))
     assert config["base_model_name_or_path"] == "some/base"
-    for key in ("peft_type", "r", "lora_alpha", "feedforward_modules"):
-        assert config.get(key) == PEFT_CONFIG[kind].get(key)
+    for key in ("peft_type", "r", "lora_alpha"):
+        assert config.get(key) == wanted.get(key)
 
 
 @pytest.mark.parametrize("kind,rank,targets", [("lora", 8, ["all"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
@@ -497,6 +533,7 @@ def test_adapters_exported_to_peft_come_back_with_their_logits(kind, rank, targe
     assert (third(ids, torch.tensor([1, 1])) - wanted).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", [""])
 def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
     plain = flora.load_adapter(tiny, peft_folder(tmp_path / "a", "lora", golden, lora_alpha=8 * 2**0.5))
     rslora = flora.load_adapter(tiny, peft_folder(tmp_path / "b", "lora", golden, use_rslora=True))
@@ -504,6 +541,7 @@ def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
     assert_close(logits[0], logits[1])
 
 
+@pytest.mark.parametrize("name", [""])
 @pytest.mark.parametrize("changes,sentence", [
     (dict(peft_type="PREFIX_TUNING"), "peft_type is 'PREFIX_TUNING'; only LORA and IA3 can be loaded"),
     (dict(use_dora=True), "use_dora is True, which cannot be represented here"),
@@ -530,6 +568,7 @@ def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(tiny, golden, tm
     assert all(layer.num_adapters == 0 for _, layer in flora.adapter_layers(tiny))
 
 
+@pytest.mark.parametrize("name", [""])
 def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refused(tiny, golden, tmp_path):
     folder = peft_folder(tmp_path / "lora", "lora", golden)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
@@ -557,8 +596,9 @@ def test_a_merged_folder_holds_the_adapted_model_and_its_tokenizer(tiny, golden,
 # ---------------------------------------------------------------------------- folders of weights
 
 
-def test_folders_round_trip_whole_sharded_and_as_bin(tmp_path):
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folders_round_trip_whole_sharded_and_as_bin(family, tmp_path):
+    model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
     model.save_pretrained(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
     tensors = load_file(tmp_path / "model.safetensors")
@@ -576,7 +616,7 @@ def test_folders_round_trip_whole_sharded_and_as_bin(tmp_path):
     for shard in set(weight_map.values()):
         save_file({n: tensors[n] for n in names if weight_map[n] == shard}, tmp_path / shard)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": weight_map | {"lm_head.weight": "model-1.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-1.safetensors"} | weight_map}))
     assert loads()
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(BadInput, match="model-2.safetensors: this shard, named in .*index.json, is missing"):
@@ -595,7 +635,7 @@ def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
             GPT.from_pretrained(tmp_path)
 
     name = "transformer.h.1.mlp.c_fc.bias"
-    refused("config.json: model_type is 'llama', but only 'gpt_bigcode'", model_type="llama")
+    refused("config.json: model_type is 'mistral', but only 'gpt_bigcode' or 'llama'", model_type="mistral")
     refused("config.json: multi_query is False, but only True", multi_query=False)
     refused("config.json: activation_function is 'relu'", activation_function="relu")
     refused("config.json: n_layer is 0, but must be a positive whole number", n_layer=0)
@@ -623,11 +663,39 @@ def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
         GPT.from_pretrained(tmp_path)
     with pytest.raises(BadInput, match="nowhere: no such model folder"):
         GPT.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
     with pytest.raises(BadInput, match="holds neither tokenizer.json nor tokenizer.model"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a tokenizer")
     with pytest.raises(BadInput, match="tokenizer.model: not a readable tokenizer"):
         Tokenizer(tmp_path)
+
+
+def test_llama_folders_that_do_not_fit_are_refused_naming_the_key(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = config["rope_scaling"]
+    for changes, sentence in [
+            (dict(hidden_act="gelu"), "hidden_act is 'gelu', but only 'silu' is supported"),
+            (dict(attention_bias=True), "attention_bias is True, but only False"),
+            (dict(mlp_bias=True), "mlp_bias is True, but only False"),
+            (dict(num_hidden_layers=None), "num_hidden_layers is None, but must be a positive whole number"),
+            (dict(num_key_value_heads=3), "n_head 4 is not a multiple of n_kv_head 3"),
+            (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic', but only 'default' or"),
+            (dict(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn', but only"),
+            (dict(rope_scaling={"type": "linear"}), "rope_type linear needs a number factor, not None"),
+            (dict(rope_scaling=scaling | {"low_freq_factor": "1"}), "llama3 needs a number low_freq_factor, not '1'"),
+            (dict(rope_theta="10000"), "rope_theta is '10000', but must be a number")]:
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(BadInput, match=sentence):
+            GPT.from_pretrained(tmp_path)
+
+
+def test_linear_rope_scaling_divides_the_positions():
+    plain = replace(CONFIGS["llama"], rope_scaling=None)
+    scaled = replace(plain, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    ids, positions = torch.randint(0, 300, (2, 9)), 4 * torch.arange(9).expand(2, 9)
+    assert_close(random_model(scaled)(ids, positions=positions), random_model(plain)(ids))
 
 
 CODE = "def f(x):\n\t  return x  # é ▁▁ 漢字 🙂\r\n\n    if x == 10:\n        pass\x00 \n   \n<|endoftext|>\n"
@@ -640,16 +708,55 @@ def test_embedded_tokenizer_round_trips_code_exactly():
     assert tokenizer.eos_id == 0 and 0 not in tokenizer.encode(CODE)
 
 
+@pytest.fixture(scope="session")
+def llama_sentencepiece(tmp_path_factory):
+    """A folder with a tokenizer.model of Llama 2's kind: a space before each text, <s>, </s>, bytes."""
+    import sentencepiece
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    with open(folder / "tokenizer.model", "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(Path(train.__file__).read_text(encoding="utf-8").splitlines()), model_writer=f,
+            model_type="bpe", vocab_size=400, byte_fallback=True, normalization_rule_name="identity",
+            add_dummy_prefix=True, remove_extra_whitespaces=False, minloglevel=2)
+    return folder
+
+
 @pytest.mark.parametrize("text", [
     "def add(self, other):\n    return self.items[10] + other\n",
-    "\tif x:\r\n\t\ty  =  2024   \n\n   \n", " leading", "trailing \t ", "",
-    "s = 'Grüße, 世界 🎉 e\u0301 \u00a0'", "<fim_prefix>a<|endoftext|> b", "\x00\x7f\u2581",
+    "\tif x:\r\n\t\ty  =  2024   \n\n   \n", " leading", "  two", "trailing \t ", "", " ",
+    "s = 'Grüße, 世界 🎉 e\u0301 \u00a0'", "<fim_prefix>a<|endoftext|> b", "\x00\x7f\u2581", "\u2581 a\u2581\u2581b",
 ])
-def test_tokenizer_json_round_trip(text):
-    tokenizer = Tokenizer(TINY)
+@pytest.mark.parametrize("kind", ["tiny", "tiny_llama", "tiny_llama3", "sentencepiece"])
+def test_tokenizers_round_trip_a_text_whole_and_as_what_follows_another(kind, text, llama_sentencepiece):
+    tokenizer = Tokenizer(llama_sentencepiece if kind == "sentencepiece" else FIXTURES / kind)
+    if kind == "tiny_llama":
+        text = text.replace("\u2581", "")
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert all(0 <= i < 300 for i in ids)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    whole = tokenizer.encode("x = 1" + text)
+    for n in range(1, len(whole)):  # what a prompt and its continuation are, wherever one ends
+        start, rest = tokenizer.decode(whole[:n]), tokenizer.decode(whole[n:], continues=True)
+        assert "\ufffd" in start + rest or start + rest == "x = 1" + text
+
+
+def test_llama_tokenizers_put_their_bos_before_a_text_and_read_their_eos(llama_sentencepiece, tmp_path):
+    import sentencepiece
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(llama_sentencepiece / "tokenizer.model"))
+    tokenizer = Tokenizer(llama_sentencepiece)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    for text in ["def f(x):", " x", "x  y\n"]:  # as Llama's own: sentencepiece adds the space
+        assert tokenizer.encode(text, bos=True) == [1] + plain.encode(text)
+    for kind, bos, eos in [("tiny", None, 0), ("tiny_llama", 1, 2), ("tiny_llama3", 0, 1)]:
+        tokenizer = Tokenizer(FIXTURES / kind)
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
+        whole = tokenizer.hf.encode("return x").ids   # with what the family's post-processor adds
+        assert tokenizer.encode("return x", bos=True) == whole
+        assert tokenizer.encode("return x") == whole[bos is not None:]
+    Tokenizer(llama_sentencepiece).save(tmp_path)
+    for stored, eos in [(7, 7), ([9, 7], 9), (None, 2)]:
+        (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stored}))
+        assert Tokenizer(tmp_path).eos_id == eos
 
 
 def test_tokenizer_json_special_tokens():
@@ -675,6 +782,17 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory):
+    """The same of a Llama: fixtures/tiny_llama with a longer context."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    model = GPT.from_pretrained(FIXTURES / "tiny_llama")
+    model.config.n_positions = 64
+    model.save_pretrained(folder)
+    Tokenizer(FIXTURES / "tiny_llama").save(folder)
+    return folder
+
+
 HEADERS = str(Path(torch.__file__).parent / "include" / "c10" / "util" / "*.h")
 
 
@@ -692,7 +810,10 @@ def losses(report):
 
 
 @pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "none"])
-def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(kind, tiny_folder, tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
+        kind, family, tiny_folder, tiny_llama_folder, tmp_path):
+    tiny_folder = tiny_folder if family == "gpt_bigcode" else tiny_llama_folder
     flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02] if kind != "none" else ["--adapter", kind]
     one, two = (run_train(tiny_folder, tmp_path / name, *flags) for name in "ab")
     assert losses(one) == losses(two)
@@ -703,12 +824,29 @@ def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(kin
             "total_parameters", "tokens_per_second", "seconds", "adapter_file"} <= one.keys()
     if kind == "none":
         model = GPT.from_pretrained(tmp_path / "a")
-        assert Tokenizer(tmp_path / "a").vocab_size == 4096 and one["adapter_file"] is None
+        assert Tokenizer(tmp_path / "a").vocab_size == model.config.vocab_size and one["adapter_file"] is None
         assert one["trainable_parameters"] == one["total_parameters"]
     else:
         model = GPT.from_pretrained(tiny_folder)
         saved = flora.adapter_parameters(model, flora.load_adapter(model, one["adapter_file"]))
         assert sum(p.numel() for p in saved.values()) == one["trainable_parameters"]
+
+
+@pytest.mark.parametrize("kind", flora.KINDS)
+def test_adapters_of_a_llama_go_by_default_where_peft_puts_them(kind, tiny_llama_folder, tmp_path, monkeypatch):
+    """Trained, interrupted by nothing, resumed at its end, and used from the command line."""
+    flags = ["--adapter", kind, "--steps", 2, "--eval-every", 1]
+    for more in ([], ["--resume"]):
+        report = run_train(tiny_llama_folder, tmp_path / "run", *flags, *more)
+        assert report["targets"] == list(flora.DEFAULT_TARGETS["llama"][kind])
+    run_script(generate.main, ["generate.py", "--weights", tiny_llama_folder, "--adapter", report["adapter_file"],
+                               "--prompt", "return", "--max-new-tokens", 5, "--json", tmp_path / "o.json"], monkeypatch)
+    row, tokenizer = json.loads((tmp_path / "o.json").read_text())[0], Tokenizer(tiny_llama_folder)
+    model = GPT.from_pretrained(tiny_llama_folder)
+    adapter_id = flora.load_adapter(model, report["adapter_file"])
+    assert row["tokens"] == generate.generate(model, [[1] + tokenizer.encode("return")], [adapter_id],
+                                              max_new_tokens=5, eos_id=2)[0]
+    assert row["text"] == tokenizer.decode([i for i in row["tokens"] if i != 2], continues=True)
 
 
 def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
@@ -1008,6 +1146,12 @@ def test_bad_input_is_one_sentence_and_exit_status_2(
     assert sentence in printed.err.splitlines()[-1] and f"{script}.py: error: " in printed.err.splitlines()[-1]
 
 
+def test_truncation_keeps_the_end_of_a_prompt_and_a_bos():
+    ids = [1, 5, 6, 7]
+    assert [generate.truncate(ids, room, 1) for room in (9, 4, 3, 2, 1, -3)] == [ids, ids, [1, 6, 7], [1, 7], [7], [7]]
+    assert [generate.truncate(ids, room, None) for room in (4, 3, 1)] == [ids, [5, 6, 7], [7]]
+
+
 def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tmp_path, monkeypatch):
     tokenizer, text = Tokenizer(tiny_folder), "x," * 40 + "y"
     run_script(generate.main, ["generate.py", "--weights", tiny_folder, "--prompt", text, "--truncate",
@@ -1019,8 +1163,10 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 # ------------------------------------------------------------------------- serving, and the benchmark
 
 
-SERVED = [("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
-         ("lora", 1, ["all"]), ("flora", 2, ["all"])]
+def served_kinds(family):
+    return [("flora", 1, None), ("lora", 2, None), ("ia3", 1, None),
+            ("flora", 3, ["c_attn.qk"] if family == "gpt_bigcode" else ["q_proj", "k_proj"]),
+            ("lora", 1, ["all"]), ("flora", 2, ["all"])]
 
 
 def trained(model, adapter_id, seed=0):
@@ -1031,17 +1177,17 @@ def trained(model, adapter_id, seed=0):
     return adapter_id
 
 
-def served_model(kinds=SERVED):
+def served_model(kinds=None, family="gpt_bigcode"):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(vocab_size=97, n_positions=64, n_embd=64, n_layer=2, n_head=4, n_inner=128))
-    for kind, rank, targets in kinds:
+    model = GPT(replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128, head_dim=16))
+    for kind, rank, targets in served_kinds(family) if kinds is None else kinds:
         trained(model, flora.add_adapter(model, kind, rank, targets))
     return model
 
 
 def served_copy(model):
     """A model of the same weights that has never generated, one FLoRA adapter of rank 2 included."""
-    fresh = served_model([("flora", 2, None)])
+    fresh = served_model([("flora", 2, None)], model.config.model_type)
     fresh.load_state_dict(model.state_dict())
     return fresh
 
@@ -1069,15 +1215,15 @@ def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, to
     return ids[len(prompt):]
 
 
-@pytest.fixture(scope="module")
-def model():
-    return served_model()
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return served_model(family=request.param)
 
 
 @pytest.fixture(scope="module")
 def expected(model):
     """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
-    requests, alone = served_requests(40, len(SERVED)), []
+    requests, alone = served_requests(40, 6), []
     for i, (prompt, settings) in enumerate(requests):
         ids = plain(model, prompt, **settings)
         if i % 2:
@@ -1157,9 +1303,10 @@ def test_a_request_ends_at_the_end_of_the_context(model):
     assert (full.state, full.ids, almost.state, len(almost.ids)) == ("done", [], "done", 2)
 
 
-def test_adapters_come_and_go_between_steps(tmp_path):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_come_and_go_between_steps(family, tmp_path):
     """Loaded and evicted while others run, in place where they fit, and ids are used again."""
-    model, donor = served_model(), served_model()
+    model, donor = served_model(family=family), served_model(family=family)
     files = {}
     for kind, rank, targets in [("flora", 2, None), ("lora", 1, ["all"]), ("flora", 9, None)]:
         i = trained(donor, flora.add_adapter(donor, kind, rank, targets), seed=5)
@@ -1171,7 +1318,7 @@ def test_adapters_come_and_go_between_steps(tmp_path):
     engine.step()
     with pytest.raises(BadInput, match="adapter 2 is in use by a request"):
         engine.remove_adapter(2)
-    layer = model.transformer.h[0].attn.c_attn
+    layer = bench.benched_layer(model)
     for evicted, file, in_place in [(3, ("flora", 2), True), (1, ("lora", 1), True), (4, ("flora", 9), False)]:
         engine.remove_adapter(evicted)
         before = layer.frozen_bank.scale_A.data_ptr()
@@ -1182,7 +1329,7 @@ def test_adapters_come_and_go_between_steps(tmp_path):
         request = engine.submit([7, 8], adapter_id=adapter_id, max_new_tokens=4)
         while request.state != "done":
             engine.step()
-        reference = served_model([])
+        reference = served_model([], family)
         flora.load_adapter(reference, files[file])
         assert request.ids == plain(reference, [7, 8], 1, 4)
     engine.run()
@@ -1198,16 +1345,19 @@ def test_generate_equals_the_plain_loop(model, expected):
                    for row, (p, a) in enumerate(zip(prompts, adapter_ids))]
 
 
-def test_a_model_may_be_trained_changed_and_copied_between_generations():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
     """Packed copies of the weights follow them, and never stand where a gradient is wanted."""
-    model, prompt = served_model([("flora", 2, None)]), [3, 1, 4]
+    model, prompt = served_model([("flora", 2, None)], family), [3, 1, 4]
     for _ in range(2):
         expected = plain(served_copy(model), prompt, 1, max_new_tokens=8)
         assert generate.generate(model, [prompt], [1], max_new_tokens=8) == [expected]
         assert generate.generate(copy.deepcopy(model), [prompt], [1], max_new_tokens=8) == [expected]
         with torch.no_grad():
-            model.transformer.h[0].mlp.c_fc.weight.mul_(-1)
-            model.transformer.wte.weight.add_(torch.randn(97, 64))
+            next(iter(dict(flora.adapter_layers(model)).values())).weight.mul_(-1)
+            model.wte.weight.add_(torch.randn(97, 64))
+            if family == "llama":
+                model.lm_head.weight.add_(torch.randn(97, 64))
     model(torch.tensor([prompt]), torch.tensor([1])).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in flora.adapter_parameters(model, 1).values())
 
@@ -1304,14 +1454,14 @@ ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_se
             "time_to_first_token_mean", "time_to_first_token_p99"}
 
 
-@pytest.fixture(scope="module")
-def served_folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=FAMILIES)
+def served_folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    served_model([]).save_pretrained(folder)
+    served_model([], request.param).save_pretrained(folder)
     return folder
 
 
-def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
+def test_bench_writes_table_json_and_figure(served_folder, tmp_path, capsys):
     run = script("bench.py", "--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5, "--scale", 0.02,
                  "--mode", "throughput", "latency", "layer", "--layer-tokens", 1, 3, "--repeats", 1, "--slots", 2,
                  "--num-adapters", 3, "--request-rate", 500, cwd=tmp_path)
@@ -1330,6 +1480,13 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     for row in served:
         assert f"{row['tokens_per_second']:.1f}" in run.stdout
+    bench.draw_together(2 * [str(tmp_path / "out" / "bench_cpu.json")], str(tmp_path / "both.png"))
+    printed = capsys.readouterr().out
+    assert printed.count(served_folder.name) == 2 and "inflection rank, predicted" in printed
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "empty.json").write_text('{"rows": []}')
+    with pytest.raises(BadInput, match="--plot .*empty.json: holds no throughput of flora and lora-token"):
+        bench.draw_together([str(tmp_path / "empty.json")], str(tmp_path / "both.png"))
 
 
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
@@ -1361,8 +1518,9 @@ def test_bench_lengths_follow_the_paper_and_the_seed():
     assert lengths[:100] == bench.synthetic_lengths(100, 0) != bench.synthetic_lengths(100, 1)
 
 
-def test_bench_does_not_time_variants_that_disagree():
-    fresh = served_model([])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bench_does_not_time_variants_that_disagree(family):
+    fresh = served_model([], family)
     sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5)], 2)
     bench.check_agreement(fresh, sets, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
@@ -1371,8 +1529,9 @@ def test_bench_does_not_time_variants_that_disagree():
             bench.check_agreement(fresh, sets, torch.float32)
 
 
-def test_int8_base_is_close_and_adapters_run_on_it():
-    model, exact = served_model(), served_model()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_base_is_close_and_adapters_run_on_it(family):
+    model, exact = served_model(family=family), served_model(family=family)
     flora.quantize_int8(model)
     ids, adapter_ids = torch.randint(0, 97, (7, 9)), torch.arange(7)
     with torch.no_grad():

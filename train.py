@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput
-from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, read_json, run_main,
-                   write_json)
+from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, read_config, read_json,
+                   run_main, write_json)
 
 # flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
 # measured better on the embedded one (README).
@@ -104,10 +104,11 @@ def split(texts, share=0.05):
 
 
 def encode_texts(texts, tokenizer, budget):
-    """Texts -> int32 ids of whole files, <|endoftext|> before each, until `budget` tokens are reached."""
+    """Texts -> int32 ids of whole files, the eos before each (and a bos, if the tokenizer has one), until
+    `budget` tokens are reached."""
     parts, total = [], 0
     for text in texts:
-        parts.append(np.array([tokenizer.eos_id] + tokenizer.encode(text), dtype=np.int32))
+        parts.append(np.array([tokenizer.eos_id] + tokenizer.encode(text, bos=True), dtype=np.int32))
         total += len(parts[-1])
         if total >= budget:
             break
@@ -121,8 +122,9 @@ def heldout_blocks(texts, tokenizer, block_size, budget):
     """
     rows, size = [], 0
     budget_left = budget
+    first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     for text in texts:
-        ids = [tokenizer.eos_id] + tokenizer.encode(text)
+        ids = [first] + tokenizer.encode(text)
         if rows and len(ids) > budget_left:
             continue
         budget_left -= len(ids)
@@ -237,6 +239,9 @@ def train(args):
     say = print if rank == 0 else lambda *_, **__: None
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of {world} processes")
+    if args.targets is None and not args.from_lora:
+        args.targets = [] if args.adapter == "none" else list(
+            flora.DEFAULT_TARGETS[read_config(args.weights or EMBEDDED).model_type][args.adapter])
     part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
     out = Path(args.out)
     checkpoint_file = out / "checkpoint.pt"
@@ -471,8 +476,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--adapter", choices=["flora", "lora", "ia3", "none"], default="flora", help="none trains the base model")
     add("--rank", type=int, default=1)
-    add("--targets", nargs="+", help="c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, or all "
-        "(default: c_attn; ia3: c_attn mlp.c_proj)")
+    add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, or all "
+        "(default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj gate_proj up_proj "
+        "down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj)")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
@@ -512,8 +518,6 @@ def parse_args(argv=None):
         parser.error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
     if args.from_lora and args.targets:
         parser.error("--from-lora takes the LoRA's targets; leave out --targets")
-    if args.targets is None and not args.from_lora:
-        args.targets = list(flora.DEFAULT_TARGETS.get(args.adapter, ()))
     args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
