@@ -14,6 +14,7 @@ import shutil
 import sys
 import zipfile
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -67,19 +68,26 @@ def attend(q, k, v, mask=None, flash=True):
     return (weights.view(B, H * T, -1) @ v).view(B, H, T, D)
 
 
+def activation(config):
+    """The activation of the MLP: the exact GELU, or its tanh approximation."""
+    return partial(F.gelu, approximate="none" if config.activation_function == "gelu" else "tanh")
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.n_head = config.n_embd, config.n_head
         self.head_dim = C // config.n_head
         self.flash = True
+        self.activation = activation(config)   # for an FFBA adapter that asks for it
         self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)  # rows: [query C | key D | value D]
         self.c_proj = AdapterLinear(C, C)
 
     def forward(self, x, adapter_ids, kv_cache, index, mask):
         B, T, C = x.shape
         D = self.head_dim
-        q, k, v = self.c_attn(x, adapter_ids).split([C, D, D], dim=-1)
+        qkv, hidden = self.c_attn.with_hidden(x, adapter_ids, self.activation)   # hidden: FFBA's, for c_proj
+        q, k, v = qkv.split([C, D, D], dim=-1)
         q = q.view(B, T, self.n_head, D).transpose(1, 2)                      # [B, H, T, D]
         if kv_cache is not None:  # [2, B, S, D]
             if index is None:  # prefill: the cache is empty, attend among the new tokens
@@ -88,7 +96,7 @@ class Attention(nn.Module):
                 kv_cache[0][index], kv_cache[1][index] = k, v
                 k, v = kv_cache
         y = attend(q, k, v, mask, self.flash)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C), adapter_ids)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C), adapter_ids, hidden=hidden)
 
 
 class MLP(nn.Module):
@@ -96,10 +104,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = AdapterLinear(config.n_embd, config.n_inner)
         self.c_proj = AdapterLinear(config.n_inner, config.n_embd)
-        self.approximate = "none" if config.activation_function == "gelu" else "tanh"
+        self.activation = activation(config)
 
     def forward(self, x, adapter_ids):
-        return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate=self.approximate), adapter_ids)
+        y, hidden = self.c_fc.with_hidden(x, adapter_ids, self.activation)
+        return self.c_proj(self.activation(y), adapter_ids, hidden=hidden)
 
 
 class Block(nn.Module):
