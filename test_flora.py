@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import flora
@@ -33,7 +34,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA GPU; the cpu case is the same check"))]
 CONFIG = GPTConfig(vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=64)
 MIXED = [("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
-         ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"])]
+         ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
+         ("ffba", 3, None), ("ffba", 1, ["mlp"])]
 
 
 def random_model(config, seed=0):
@@ -50,9 +52,9 @@ def tiny_model(seed=0):
     return random_model(CONFIG, seed)
 
 
-def random_adapter(model, kind, rank=1, targets=None, size=0.3):
+def random_adapter(model, kind, rank=1, targets=None, size=0.3, activation=None):
     """Add an adapter as training might have left it, far from the base model."""
-    adapter_id = flora.add_adapter(model, kind, rank, targets)
+    adapter_id = flora.add_adapter(model, kind, rank, targets, activation=activation)
     with torch.no_grad():
         for p in flora.adapter_parameters(model, adapter_id).values():
             p.add_(size * torch.randn_like(p))
@@ -151,14 +153,14 @@ def test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone(path):
         for mine, other in zip(flora.adapter_parameters(model, adapter_id).values(),
                                flora.adapter_parameters(alone[-1], 1).values()):
             other.data.copy_(mine)
-    ids = torch.randint(0, 300, (8, 20))
+    ids = torch.randint(0, 300, (10, 20))
     for _, layer in flora.adapter_layers(model):
         layer.path = path
     for frozen in (False, True):
         if frozen:
             flora.freeze_bank(model)
-        logits = model(ids, torch.tensor([3, 0, 1, 2, 7, 4, 5, 6]))
-        for row, adapter_id in enumerate([3, 0, 1, 2, 7, 4, 5, 6]):
+        logits = model(ids, torch.tensor([3, 0, 1, 2, 7, 4, 5, 8, 6, 9]))
+        for row, adapter_id in enumerate([3, 0, 1, 2, 7, 4, 5, 8, 6, 9]):
             one = alone[adapter_id](ids[row:row + 1], torch.tensor([min(adapter_id, 1)]))
             assert (logits[row] - one[0]).abs().max() < 1e-4
             assert adapter_id == 0 or (logits[row] - logits[1]).abs().max() > 1e-2  # it does something
@@ -247,7 +249,7 @@ def test_only_the_adapter_gets_gradients():
             ".B", ".adapters.1.B") for n in trained})
 
 
-@pytest.mark.parametrize("kind,rank,targets", MIXED)
+@pytest.mark.parametrize("kind,rank,targets", [adapter for adapter in MIXED if adapter[0] != "ffba"])
 def test_merging_gives_the_adapted_model(kind, rank, targets):
     model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
     adapter_id, before = random_adapter(model, kind, rank, targets), model.fingerprint
@@ -257,6 +259,137 @@ def test_merging_gives_the_adapted_model(kind, rank, targets):
     assert model.fingerprint != before
     with pytest.raises(BadInput, match="no adapter 1"):
         flora.adapter_parameters(model, 1)
+
+
+# ------------------------------------------------------------ fused forward-backward adapters (FFBA)
+
+FFBAS = [(3, None, "identity"), (2, ["mlp"], "block"), (5, ["attn"], "block"), (1, ["attn", "mlp"], "identity")]
+
+
+def ffba_model(adapters=FFBAS, config=CONFIG):
+    model = random_model(config)
+    for rank, targets, activation in adapters:
+        random_adapter(model, "ffba", rank, targets, activation=activation)
+    return model.requires_grad_(False)
+
+
+class MatmulCount(TorchDispatchMode):
+    """Counts the matmuls that are launched, in whatever form."""
+    NAMES = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_linear_pointwise"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count = getattr(self, "count", 0) + (func.overloadpacket.__name__ in self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["identity", "block"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_ffba_equals_its_definition_forward_and_backward(rank, activation, device):
+    """y = f(x W1 + b1) W2 + b2 + (alpha / r) s(x B) A, on the pair of an MLP."""
+    model = ffba_model([(rank, ["mlp"], activation)]).to(device)
+    mlp = model.transformer.h[1].mlp
+    B, A = mlp.c_fc.adapters["1"].B, mlp.c_proj.adapters["1"].A
+    x = torch.randn(3, 7, 32, device=device, requires_grad=True)
+    leaves = [x, A.requires_grad_(), B.requires_grad_()]
+    hidden = F.gelu(x @ B, approximate="tanh") if activation == "block" else x @ B
+    dense = mlp(x, None) + 8 / rank * hidden @ A
+    y = mlp(x, torch.ones(3, dtype=torch.int64, device=device))
+    assert (y - dense).abs().max() < 1e-5 < 1e-2 < (y - mlp(x, None)).abs().max()
+    for got, want in zip(torch.autograd.grad(y.sin().sum(), leaves),
+                         torch.autograd.grad(dense.sin().sum(), leaves)):
+        assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_ffba_equals_unfused_and_each_row_of_a_mixed_batch_alone(dtype):
+    """Packed or not, adapters per example or per token; alone: a model with that one adapter, unfused."""
+    model, ids = ffba_model().to(dtype), torch.randint(0, 300, (5, 9))
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if ".adapters." in name else p.data
+    adapter_ids = torch.tensor([4, 2, 0, 1, 3])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    unfused = model(ids, adapter_ids)
+    for row, i in enumerate(adapter_ids.tolist()):
+        alone = random_model(CONFIG).to(dtype)
+        if i:
+            flora.add_adapter(alone, "ffba", *FFBAS[i - 1][:2], activation=FFBAS[i - 1][2])
+            for mine, other in zip(flora.adapter_parameters(alone, 1).values(),
+                                   flora.adapter_parameters(model, i).values()):
+                mine.data = other.data
+        one = alone(ids[row:row + 1], torch.tensor([min(i, 1)]))[0]
+        assert (unfused[row] - one).abs().max() < tolerance * one.abs().max()
+        assert i == 0 or (one - model(ids[row:row + 1])[0]).abs().max() > 0.05 * one.abs().max()
+    flora.freeze_bank(model)
+    assert all(bank.fused for bank in flora.frozen_banks(model).values())
+    for pack in (False, True):
+        with torch.no_grad():
+            model.pack() if pack else None
+            for batch in (adapter_ids, adapter_ids[:, None].expand(5, 9)):
+                assert (model(ids, batch) - unfused).abs().max() < tolerance * unfused.abs().max()
+    with pytest.raises(IndexError):
+        model(ids, torch.full((5,), 5))
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_fused_ffba_launches_the_number_of_matmuls_of_the_base_model(T):
+    model, ids = ffba_model(), torch.randint(0, 300, (5, T))
+    adapter_ids, position = torch.tensor([4, 2, 0, 1, 3]), torch.full((5, 1), 9)
+
+    def count(adapter_ids):
+        cache = model.new_kv_cache(5, 12)
+        with torch.no_grad(), MatmulCount() as mode:
+            model(ids, adapter_ids, cache, position if T == 1 else None)
+        return mode.count
+
+    base, pairs = count(None), 2 * CONFIG.n_layer
+    assert base > 4 * CONFIG.n_layer and count(adapter_ids) == base + 2 * pairs   # unfused: B and A of each pair
+    flora.freeze_bank(model)
+    assert count(adapter_ids) == count(flora.gather(model, adapter_ids)) == base
+    model.pack()
+    assert count(flora.gather(model, adapter_ids)) == count(None) == base
+
+
+def test_ffba_adapters_come_and_go_in_place_while_others_run(tmp_path):
+    """What fits the columns of the fused weights is written there, for packed copies too."""
+    served, donor = ffba_model(), tiny_model()
+    engine = Engine(served, slots=4)
+    flora.freeze_bank(served)
+    long = engine.submit([1, 2, 3], adapter_id=2, max_new_tokens=30)
+    alone = plain(ffba_model(), [1, 2, 3], 2, 30)
+    engine.step()
+    fused = served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight
+    for evicted, rank, targets, activation, in_place in [
+            (1, 3, None, "block", True), (3, 2, ["mlp"], "identity", True), (1, 6, ["mlp"], "block", False)]:
+        i = random_adapter(donor, "ffba", rank, targets, activation=activation)
+        flora.save_adapter(donor, i, tmp_path / "a.safetensors")
+        engine.remove_adapter(evicted)
+        assert engine.load_adapter(tmp_path / "a.safetensors") == evicted
+        assert (served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight is fused) == in_place
+        request = engine.submit([7, 8], adapter_id=evicted, max_new_tokens=4)
+        while request.state != "done":
+            engine.step()
+        assert request.ids == plain(donor, [7, 8], i, 4) != plain(donor, [7, 8], BASE, 4)
+    engine.run()
+    assert long.ids == alone
+
+
+def test_merging_ffba_widens_the_mlp_or_is_refused_in_a_sentence(tmp_path):
+    """With target mlp and the block's activation it is an ordinary model, with r hidden units more."""
+    model, ids = ffba_model([(3, ["mlp"], "block")]), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([1, 1]))
+    flora.merge_adapter(model, 1)
+    assert model.config.n_inner == CONFIG.n_inner + 3 and (model(ids) - wanted).abs().max() < 1e-5
+    model.save_pretrained(tmp_path)
+    assert (GPT.from_pretrained(tmp_path)(ids) - wanted).abs().max() < 1e-5
+    for targets, activation in [(["mlp"], "identity"), (["attn"], "block"), (None, "block")]:
+        model = ffba_model([(3, targets, activation)])
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(BadInput, match="an ffba adapter of .* cannot be merged, only one of target mlp and"):
+            flora.merge_adapter(model, 1)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    with pytest.raises(BadInput, match='activation is .relu.; use "identity" or "block"'):
+        flora.add_adapter(model, "ffba", activation="relu")
 
 
 # ---------------------------------------------------------------------------------- adapter files
@@ -276,6 +409,7 @@ def test_saved_adapters_load_equal_and_carry_their_metadata(kind, rank, targets,
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         metadata = json.loads(f.metadata()["flora_adapter"])
     assert metadata["kind"] == kind and metadata["base"] == model.fingerprint
+    assert metadata["activation"] == ("identity" if kind == "ffba" else None)
     assert metadata["targets"] == list(targets and ["c_attn", "c_proj", "c_fc", "mlp.c_proj"]
                                        if targets == ["all"] else targets or flora.DEFAULT_TARGETS[kind])
     assert metadata["training"] == {"steps": 3}
@@ -320,7 +454,10 @@ def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("kind,rank,targets,sentence", [
-    ("dora", 1, None, "unknown adapter kind 'dora'; use one of flora, lora, ia3"),
+    ("dora", 1, None, "unknown adapter kind 'dora'; use one of flora, lora, ia3, ffba"),
+    ("ffba", 1, ["c_attn"], "unknown target 'c_attn'; use one of attn, mlp, or all"),
+    ("lora", 1, ["attn"], "unknown target 'attn'; use one of c_attn"),
+    ("ffba", 1, ["mlp", "mlp"], "adapt transformer.h.0.mlp.c_fc twice"),
     ("flora", 0, None, "rank is 0; use a whole number of at least 1"),
     ("lora", 1.5, None, "rank is 1.5; use a whole number"),
     ("flora", 1, ["wq"], "unknown target 'wq'; use one of c_attn, c_attn.qk.*or all"),
@@ -597,7 +734,7 @@ def losses(report):
     return [(p["step"], p["loss"], p["heldout_loss"]) for p in report["log"]]
 
 
-@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "none"])
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "ffba", "none"])
 def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(kind, tiny_folder, tmp_path):
     flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02] if kind != "none" else ["--adapter", kind]
     one, two = (run_train(tiny_folder, tmp_path / name, *flags) for name in "ab")
@@ -862,7 +999,7 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 
 
 SERVED = [("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
-         ("lora", 1, ["all"]), ("flora", 2, ["all"])]
+         ("lora", 1, ["all"]), ("flora", 2, ["all"]), ("ffba", 2, None)]
 
 
 def trained(model, adapter_id, seed=0):
@@ -1216,7 +1353,7 @@ def test_bench_does_not_time_variants_that_disagree():
 def test_int8_base_is_close_and_adapters_run_on_it():
     model, exact = served_model(), served_model()
     flora.quantize_int8(model)
-    ids, adapter_ids = torch.randint(0, 97, (7, 9)), torch.arange(7)
+    ids, adapter_ids = torch.randint(0, 97, (8, 9)), torch.arange(8)
     with torch.no_grad():
         expected, layers = exact(ids, adapter_ids), [layer for _, layer in flora.adapter_layers(model)]
         assert (model(ids, adapter_ids) - expected).norm() < 0.03 * expected.norm()
