@@ -1311,6 +1311,22 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
         assert f"{row['tokens_per_second']:.1f}" in run.stdout
 
 
+def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path):
+    run = script("bench.py", "--weights", served_folder, "--ranks", 4, "--mode", "token", "--token-length", 5,
+                 "--num-requests", 2, "--scale", 0.02, "--repeats", 1, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = {row["baseline"]: row for row in json.loads((tmp_path / "out" / "bench_cpu.json").read_text())["rows"]}
+    assert list(rows) == list(bench.TOKEN_ROWS)
+    assert {row["mode"] for row in rows.values()} == {"token"} and all(row.keys() >= ROW_KEYS for row in rows.values())
+    for name, row in rows.items():
+        kind, targets, _, _ = bench.TOKEN_ROWS[name]
+        if kind:
+            unit = bench.parameters_of(served_model([]), kind, 1, targets)
+            assert row["parameters"] == row["rank"] * unit
+            assert abs(row["parameters"] - rows["lora"]["parameters"]) <= unit / 2
+        assert f"{row['seconds_per_output_token_mean']:.6f}" in run.stdout
+
+
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
     bad, few = tmp_path / "bad.json", tmp_path / "few.json"
     bad.write_text('[{"text": 1}]')
@@ -1342,7 +1358,7 @@ def test_bench_lengths_follow_the_paper_and_the_seed():
 
 def test_bench_does_not_time_variants_that_disagree():
     fresh = served_model([])
-    sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5)], 2)
+    sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5), ("ffba", 2)], 2)
     bench.check_agreement(fresh, sets, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flora, "lora_masked", lambda x, A, B, mask: torch.zeros(*x.shape[:2], A.shape[1]))
