@@ -47,7 +47,7 @@ ROWS = {  # name for --rows: (kind of adapter, path of AdapterLinear, what it is
     "lora-token": ("lora", "token", "LoRA: bmm, adapters gathered per token, as in the paper"),
     "lora-example": ("lora", "example", "LoRA: bmm per example"),
     "lora-masked": ("lora", "masked", "LoRA: one dense [d, n r] matmul and a mask, no bmm"),
-    "ffba": ("ffba", None, "FFBA: fused, on all four projections, so more parameters at a rank; all n adapters' columns"),
+    "ffba": ("ffba", None, "FFBA: fused, on all four projections: more parameters at a rank"),
     "ffba-unfused": ("ffba", "unfused", "FFBA: by small matmuls of its own"),
 }
 DEFAULT_ROWS = [name for name in ROWS if name not in ("flora-eq6", "ffba", "ffba-unfused")]

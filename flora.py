@@ -16,7 +16,7 @@ Of FFBA only the abstract was at hand. From it: LoRA's low rank and the parallel
 a "backward" adapter, both fused into existing projections, so that inference runs no matmul more than the base.
 Our reading: the forward adapter (our B) is appended to the first projection of a pair (PAIRS) as outputs, the
 backward one (our A) to the second as inputs; s, between them, is the identity or the block's activation; scale and
-initialisation are LoRA's. Beyond it: the columns of many adapters stand side by side and each token keeps its own
+initialisation are LoRA's. Beyond the text: the columns of many adapters stand side by side and each token keeps its own
 alone, so that one batch mixes adapters, still at the base's number of matmuls.
 
 Reading order: the methods as functions, one adapter of one projection (`Adapter`), a linear
@@ -48,7 +48,8 @@ PAIRS = {  # FFBA's targets: the projection of a block that takes B, and the one
     "attn": ("attn.c_attn", "attn.c_proj"),
     "mlp": ("mlp.c_fc", "mlp.c_proj"),
 }
-DEFAULT_TARGETS = {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj"), "ffba": ("attn", "mlp")}
+DEFAULT_TARGETS = {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj"),
+                   "ffba": ("attn", "mlp")}
 
 
 class BadInput(ValueError):
@@ -282,10 +283,10 @@ class AdapterLinear(nn.Linear):
                 for a in adapters])
         if halves:
             width = d if halves[0].half == "B" else k
-            rows = stack_rows([a.half_factor() if a in halves else ones[:0, :width] for a in adapters])
+            rows = stack_rows([a.half_factor() if a and a.kind == "ffba" else ones[:0, :width] for a in adapters])
             half_B, half_A = (rows, None) if halves[0].half == "B" else (None, rows)
         if half_B is not None and any(a.activation == "block" for a in halves):
-            block = torch.tensor([a in halves and a.activation == "block" for a in adapters], device=rows.device)
+            block = torch.tensor([bool(a) and a.activation == "block" for a in adapters], device=rows.device)
             block = block[:, None].expand(rows.shape[:2]).clone()
         return Bank(scale_A, scale_B, added_A, added_B, bias, half_B, half_A, block)
 
@@ -528,8 +529,8 @@ def remove_adapter(model, adapter_id):
 def freeze_bank(model, capacity=0):
     """Stack the adapters once, for serving: forward then only gathers rows. Adding one undoes it.
 
-    FFBA's are appended to a copy of W0 (not if the base is int8, or FLoRA or IA3 adapts the same layer), which costs the
-    memory of that copy. What changes in W0 or in an adapter later is seen by freezing again.
+    FFBA's are appended to a copy of W0, which costs its memory (not if the base is int8, or FLoRA or IA3
+    adapts the same layer). What changes in W0 or in an adapter later is seen by freezing again.
     capacity: how many adapters to keep rows for at least, so that update_bank finds room.
     """
     for _, layer in adapter_layers(model):

@@ -304,16 +304,18 @@ def test_ffba_equals_its_definition_forward_and_backward(rank, activation, devic
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_ffba_equals_unfused_and_each_row_of_a_mixed_batch_alone(dtype):
     """Packed or not, adapters per example or per token; alone: a model with that one adapter, unfused."""
-    model, ids = ffba_model().to(dtype), torch.randint(0, 300, (5, 9))
+    model, ids = ffba_model(), torch.randint(0, 300, (6, 9))
+    random_adapter(model, "lora", 2)
+    kinds, model = [("ffba", *adapter) for adapter in FFBAS] + [("lora", 2, None, None)], model.to(dtype)
     for name, p in model.named_parameters():
         p.data = p.data.float() if ".adapters." in name else p.data
-    adapter_ids = torch.tensor([4, 2, 0, 1, 3])
+    adapter_ids = torch.tensor([4, 2, 0, 1, 5, 3])
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     unfused = model(ids, adapter_ids)
     for row, i in enumerate(adapter_ids.tolist()):
         alone = random_model(CONFIG).to(dtype)
         if i:
-            flora.add_adapter(alone, "ffba", *FFBAS[i - 1][:2], activation=FFBAS[i - 1][2])
+            flora.add_adapter(alone, *kinds[i - 1][:3], activation=kinds[i - 1][3])
             for mine, other in zip(flora.adapter_parameters(alone, 1).values(),
                                    flora.adapter_parameters(model, i).values()):
                 mine.data = other.data
@@ -325,10 +327,10 @@ def test_fused_ffba_equals_unfused_and_each_row_of_a_mixed_batch_alone(dtype):
     for pack in (False, True):
         with torch.no_grad():
             model.pack() if pack else None
-            for batch in (adapter_ids, adapter_ids[:, None].expand(5, 9)):
+            for batch in (adapter_ids, adapter_ids[:, None].expand(6, 9)):
                 assert (model(ids, batch) - unfused).abs().max() < tolerance * unfused.abs().max()
     with pytest.raises(IndexError):
-        model(ids, torch.full((5,), 5))
+        model(ids, torch.full((6,), 6))
 
 
 @pytest.mark.parametrize("T", [1, 9])
@@ -770,9 +772,9 @@ def start_train(*args, launcher=()):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, tiny_folder, tmp_path):
-    flags = ["--steps", 150, "--rank", 2]
+@pytest.mark.parametrize("how,kind", [(signal.SIGKILL, "flora"), (signal.SIGINT, "ffba")])
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, kind, tiny_folder, tmp_path):
+    flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
     process = start_train(tiny_folder, tmp_path / "cut", *flags)
     while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -857,18 +859,20 @@ def run_script(main, argv, monkeypatch):
 
 @pytest.fixture(scope="session")
 def embedded_adapters(tmp_path_factory):
-    """Six adapters of the embedded base model, far from it: {name: file}, none included."""
+    """Adapters of the embedded base model, far from it: {name: file}, none included."""
     folder, model = tmp_path_factory.mktemp("adapters"), GPT.from_pretrained(EMBEDDED)
     torch.manual_seed(0)
     files = {"none": "none"}
     for name, kind, rank, size in [("flora1", "flora", 1, 0.4), ("flora4", "flora", 4, 0.4), ("lora8", "lora", 8, 0.1),
-                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5)]:
+                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5), ("ffba8", "ffba", 8, 0.1),
+                                   ("ffba2", "ffba", 2, 0.1)]:
         files[name] = str(folder / f"{name}.safetensors")
         flora.save_adapter(model, random_adapter(model, kind, rank, size=size), files[name])
     return files
 
 
-@pytest.mark.parametrize("names", [["flora1", "other"], ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
+@pytest.mark.parametrize("names", [["flora1", "other"], ["ffba8", "none", "ffba2"],
+                                   ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
 def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_alone(
         names, embedded_adapters, tmp_path, monkeypatch):
     """The whole command line, on the embedded model: six rows mix FLoRA ranks 1 and 4, LoRA, IA3, none."""

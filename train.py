@@ -196,8 +196,8 @@ def peak_memory(device):
 
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "ffba_activation", "data", "ext", "steps", "batch_size", "grad_accum",
-               "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
+RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "ffba_activation", "data", "ext", "steps", "batch_size",
+               "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
 
 
 def save_checkpoint(file, step, trained, optimizer, log, args):
