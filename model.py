@@ -23,6 +23,7 @@ import shutil
 import sys
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +129,19 @@ def attend(q, k, v, mask=None, flash=True):
     return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
+def activation(config):
+    """The activation of the MLP: GELU, exact or by tanh, or SiLU."""
+    exact = {"gelu": F.gelu, "silu": F.silu}
+    return exact.get(config.activation_function, partial(F.gelu, approximate="tanh"))
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.head_dim = config.n_embd, config.head_dim
         self.widths = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
         self.flash = True
+        self.activation = activation(config)   # for an FFBA adapter that asks for it
         self.fused = config.model_type == "gpt_bigcode"
         if self.fused:
             self.c_attn = AdapterLinear(C, sum(self.widths))   # rows: [query C | key D | value D]
@@ -145,9 +153,11 @@ class Attention(nn.Module):
     def forward(self, x, adapter_ids, kv_cache, index, mask, rope):
         B, T, C = x.shape
         if self.fused:
-            qkv = self.c_attn(x, adapter_ids).split(self.widths, dim=-1)
+            qkv, hidden = self.c_attn.with_hidden(x, adapter_ids, self.activation)   # hidden: FFBA's, for c_proj
+            qkv = qkv.split(self.widths, dim=-1)
         else:
-            qkv = [project(x, adapter_ids) for project in (self.q_proj, self.k_proj, self.v_proj)]
+            q, hidden = self.q_proj.with_hidden(x, adapter_ids, self.activation)
+            qkv = q, self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)
         q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)   # [B, H or K, T, D]
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
@@ -158,13 +168,14 @@ class Attention(nn.Module):
                 kv_cache[0][index], kv_cache[1][index] = k, v
                 k, v = kv_cache
         y = attend(q, k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)
-        return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids)
+        return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids, hidden=hidden)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner = config.n_embd, config.n_inner
+        self.activation = activation(config)
         self.gated = config.model_type == "llama"
         if self.gated:
             self.gate_proj, self.up_proj = (AdapterLinear(C, inner, bias=False) for _ in range(2))
@@ -172,12 +183,12 @@ class MLP(nn.Module):
         else:
             self.c_fc = AdapterLinear(C, inner)
             self.c_proj = AdapterLinear(inner, C)
-            self.approximate = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x, adapter_ids):
-        if self.gated:
-            return self.down_proj(F.silu(self.gate_proj(x, adapter_ids)) * self.up_proj(x, adapter_ids), adapter_ids)
-        return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate=self.approximate), adapter_ids)
+        first, second = (self.gate_proj, self.down_proj) if self.gated else (self.c_fc, self.c_proj)
+        y, hidden = first.with_hidden(x, adapter_ids, self.activation)        # hidden: FFBA's, for the second
+        y = self.activation(y)
+        return second(y * self.up_proj(x, adapter_ids) if self.gated else y, adapter_ids, hidden=hidden)
 
 
 def new_norm(config):

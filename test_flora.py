@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import evaluate
@@ -44,9 +45,11 @@ LLAMA = dict(model_type="llama", n_kv_head=2, tie_word_embeddings=False, activat
 CONFIGS = {"gpt_bigcode": CONFIG, "llama": replace(CONFIG, **LLAMA)}
 MIXED = {"gpt_bigcode": [
     ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
-    ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"])], "llama": [
+    ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
+    ("ffba", 3, None), ("ffba", 1, ["mlp"])], "llama": [
     ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
-    ("flora", 2, ["q_proj", "k_proj"]), ("ia3", 1, ["k_proj", "up_proj"]), ("lora", 2, ["q_proj", "o_proj"])]}
+    ("flora", 2, ["q_proj", "k_proj"]), ("ia3", 1, ["k_proj", "up_proj"]), ("lora", 2, ["q_proj", "o_proj"]),
+    ("ffba", 3, None), ("ffba", 1, ["mlp"])]}
 EACH_MIXED = [(family, *adapter) for family in FAMILIES for adapter in MIXED[family]]
 ALL = {"gpt_bigcode": ["c_attn", "c_proj", "c_fc", "mlp.c_proj"],
        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
@@ -66,9 +69,9 @@ def tiny_model(family="gpt_bigcode", seed=0):
     return random_model(CONFIGS[family], seed)
 
 
-def random_adapter(model, kind, rank=1, targets=None, size=0.3):
+def random_adapter(model, kind, rank=1, targets=None, size=0.3, activation=None):
     """Add an adapter as training might have left it, far from the base model."""
-    adapter_id = flora.add_adapter(model, kind, rank, targets)
+    adapter_id = flora.add_adapter(model, kind, rank, targets, activation=activation)
     with torch.no_grad():
         for p in flora.adapter_parameters(model, adapter_id).values():
             p.add_(size * torch.randn_like(p))
@@ -168,14 +171,14 @@ def test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone(path, fa
         for mine, other in zip(flora.adapter_parameters(model, adapter_id).values(),
                                flora.adapter_parameters(alone[-1], 1).values()):
             other.data.copy_(mine)
-    ids = torch.randint(0, 300, (8, 20))
+    ids = torch.randint(0, 300, (10, 20))
     for _, layer in flora.adapter_layers(model):
         layer.path = path
     for frozen in (False, True):
         if frozen:
             flora.freeze_bank(model)
-        logits = model(ids, torch.tensor([3, 0, 1, 2, 7, 4, 5, 6]))
-        for row, adapter_id in enumerate([3, 0, 1, 2, 7, 4, 5, 6]):
+        logits = model(ids, torch.tensor([3, 0, 1, 2, 7, 4, 5, 8, 6, 9]))
+        for row, adapter_id in enumerate([3, 0, 1, 2, 7, 4, 5, 8, 6, 9]):
             one = alone[adapter_id](ids[row:row + 1], torch.tensor([min(adapter_id, 1)]))
             assert (logits[row] - one[0]).abs().max() < 1e-4
             assert adapter_id == 0 or (logits[row] - logits[1]).abs().max() > 1e-2  # it does something
@@ -266,7 +269,7 @@ def test_only_the_adapter_gets_gradients(family):
             ".B", ".adapters.1.B") for n in trained})
 
 
-@pytest.mark.parametrize("family,kind,rank,targets", EACH_MIXED)
+@pytest.mark.parametrize("family,kind,rank,targets", [adapter for adapter in EACH_MIXED if adapter[1] != "ffba"])
 def test_merging_gives_the_adapted_model(family, kind, rank, targets):
     model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
     adapter_id, before = random_adapter(model, kind, rank, targets), model.fingerprint
@@ -276,6 +279,139 @@ def test_merging_gives_the_adapted_model(family, kind, rank, targets):
     assert model.fingerprint != before
     with pytest.raises(BadInput, match="no adapter 1"):
         flora.adapter_parameters(model, 1)
+
+
+# ------------------------------------------------------------ fused forward-backward adapters (FFBA)
+
+FFBAS = [(3, None, "identity"), (2, ["mlp"], "block"), (5, ["attn"], "block"), (1, ["attn", "mlp"], "identity")]
+
+
+def ffba_model(adapters=FFBAS, config=CONFIG):
+    model = random_model(config)
+    for rank, targets, activation in adapters:
+        random_adapter(model, "ffba", rank, targets, activation=activation)
+    return model.requires_grad_(False)
+
+
+class MatmulCount(TorchDispatchMode):
+    """Counts the matmuls that are launched, in whatever form."""
+    NAMES = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_linear_pointwise"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count = getattr(self, "count", 0) + (func.overloadpacket.__name__ in self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["identity", "block"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_ffba_equals_its_definition_forward_and_backward(rank, activation, device):
+    """y = f(x W1 + b1) W2 + b2 + (alpha / r) s(x B) A, on the pair of an MLP."""
+    model = ffba_model([(rank, ["mlp"], activation)]).to(device)
+    mlp = model.transformer.h[1].mlp
+    B, A = mlp.c_fc.adapters["1"].B, mlp.c_proj.adapters["1"].A
+    x = torch.randn(3, 7, 32, device=device, requires_grad=True)
+    leaves = [x, A.requires_grad_(), B.requires_grad_()]
+    hidden = F.gelu(x @ B, approximate="tanh") if activation == "block" else x @ B
+    dense = mlp(x, None) + 8 / rank * hidden @ A
+    y = mlp(x, torch.ones(3, dtype=torch.int64, device=device))
+    assert (y - dense).abs().max() < 1e-5 < 1e-2 < (y - mlp(x, None)).abs().max()
+    for got, want in zip(torch.autograd.grad(y.sin().sum(), leaves),
+                         torch.autograd.grad(dense.sin().sum(), leaves)):
+        assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_ffba_equals_unfused_and_each_row_of_a_mixed_batch_alone(dtype):
+    """Packed or not, adapters per example or per token; alone: a model with that one adapter, unfused."""
+    model, ids = ffba_model(), torch.randint(0, 300, (6, 9))
+    random_adapter(model, "lora", 2)
+    kinds, model = [("ffba", *adapter) for adapter in FFBAS] + [("lora", 2, None, None)], model.to(dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if ".adapters." in name else p.data
+    adapter_ids = torch.tensor([4, 2, 0, 1, 5, 3])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    unfused = model(ids, adapter_ids)
+    for row, i in enumerate(adapter_ids.tolist()):
+        alone = random_model(CONFIG).to(dtype)
+        if i:
+            flora.add_adapter(alone, *kinds[i - 1][:3], activation=kinds[i - 1][3])
+            for mine, other in zip(flora.adapter_parameters(alone, 1).values(),
+                                   flora.adapter_parameters(model, i).values()):
+                mine.data = other.data
+        one = alone(ids[row:row + 1], torch.tensor([min(i, 1)]))[0]
+        assert (unfused[row] - one).abs().max() < tolerance * one.abs().max()
+        assert i == 0 or (one - model(ids[row:row + 1])[0]).abs().max() > 0.05 * one.abs().max()
+    flora.freeze_bank(model)
+    assert all(bank.fused for bank in flora.frozen_banks(model).values())
+    for pack in (False, True):
+        with torch.no_grad():
+            model.pack() if pack else None
+            for batch in (adapter_ids, adapter_ids[:, None].expand(6, 9)):
+                assert (model(ids, batch) - unfused).abs().max() < tolerance * unfused.abs().max()
+    with pytest.raises(IndexError):
+        model(ids, torch.full((6,), 6))
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_fused_ffba_launches_the_number_of_matmuls_of_the_base_model(T):
+    model, ids = ffba_model(), torch.randint(0, 300, (5, T))
+    adapter_ids, position = torch.tensor([4, 2, 0, 1, 3]), torch.full((5, 1), 9)
+
+    def count(adapter_ids):
+        cache = model.new_kv_cache(5, 12)
+        with torch.no_grad(), MatmulCount() as mode:
+            model(ids, adapter_ids, cache, position if T == 1 else None)
+        return mode.count
+
+    base, pairs = count(None), 2 * CONFIG.n_layer
+    assert base > 4 * CONFIG.n_layer and count(adapter_ids) == base + 2 * pairs   # unfused: B and A of each pair
+    flora.freeze_bank(model)
+    assert count(adapter_ids) == count(flora.gather(model, adapter_ids)) == base
+    model.pack()
+    assert count(flora.gather(model, adapter_ids)) == count(None) == base
+
+
+def test_ffba_adapters_come_and_go_in_place_while_others_run(tmp_path):
+    """What fits the columns of the fused weights is written there, for packed copies too."""
+    served, donor = ffba_model(), tiny_model()
+    engine = Engine(served, slots=4)
+    flora.freeze_bank(served)
+    long = engine.submit([1, 2, 3], adapter_id=2, max_new_tokens=30)
+    alone = plain(ffba_model(), [1, 2, 3], 2, 30)
+    engine.step()
+    fused = served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight
+    for evicted, rank, targets, activation, in_place in [
+            (1, 3, None, "block", True), (3, 2, ["mlp"], "identity", True), (1, 6, ["mlp"], "block", False)]:
+        i = random_adapter(donor, "ffba", rank, targets, activation=activation)
+        flora.save_adapter(donor, i, tmp_path / "a.safetensors")
+        engine.remove_adapter(evicted)
+        assert engine.load_adapter(tmp_path / "a.safetensors") == evicted
+        assert (served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight is fused) == in_place
+        request = engine.submit([7, 8], adapter_id=evicted, max_new_tokens=4)
+        while request.state != "done":
+            engine.step()
+        assert request.ids == plain(donor, [7, 8], i, 4) != plain(donor, [7, 8], BASE, 4)
+    engine.run()
+    assert long.ids == alone
+
+
+def test_merging_ffba_widens_the_mlp_or_is_refused_in_a_sentence(tmp_path):
+    """With target mlp and the block's activation it is an ordinary model, with r hidden units more."""
+    model, ids = ffba_model([(3, ["mlp"], "block")]), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([1, 1]))
+    flora.merge_adapter(model, 1)
+    assert model.config.n_inner == CONFIG.n_inner + 3 and (model(ids) - wanted).abs().max() < 1e-5
+    model.save_pretrained(tmp_path)
+    assert (GPT.from_pretrained(tmp_path)(ids) - wanted).abs().max() < 1e-5
+    for targets, activation in [(["mlp"], "identity"), (["attn"], "block"), (None, "block")]:
+        model = ffba_model([(3, targets, activation)])
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(BadInput, match="an ffba adapter of .* cannot be merged, only one of StarCoder's target mlp and"):
+            flora.merge_adapter(model, 1)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    with pytest.raises(BadInput, match='activation is .relu.; use "identity" or "block"'):
+        flora.add_adapter(model, "ffba", activation="relu")
 
 
 # ---------------------------------------------------------------------------------- adapter files
@@ -295,6 +431,7 @@ def test_saved_adapters_load_equal_and_carry_their_metadata(family, kind, rank, 
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         metadata = json.loads(f.metadata()["flora_adapter"])
     assert metadata["kind"] == kind and metadata["base"] == model.fingerprint
+    assert metadata["activation"] == ("identity" if kind == "ffba" else None)
     assert metadata["targets"] == list(
         ALL[family] if targets == ["all"] else targets or flora.DEFAULT_TARGETS[family][kind])
     assert metadata["training"] == {"steps": 3}
@@ -339,7 +476,10 @@ def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("kind,rank,targets,sentence", [
-    ("dora", 1, None, "unknown adapter kind 'dora'; use one of flora, lora, ia3"),
+    ("dora", 1, None, "unknown adapter kind 'dora'; use one of flora, lora, ia3, ffba"),
+    ("ffba", 1, ["c_attn"], "unknown target 'c_attn'; use one of attn, mlp, or all"),
+    ("lora", 1, ["attn"], "unknown target 'attn'; use one of c_attn"),
+    ("ffba", 1, ["mlp", "mlp"], "adapt transformer.h.0.mlp.c_fc twice"),
     ("flora", 0, None, "rank is 0; use a whole number of at least 1"),
     ("lora", 1.5, None, "rank is 1.5; use a whole number"),
     ("flora", 1, ["wq"], "unknown target 'wq'; use one of c_attn, c_attn.qk.*or all"),
@@ -582,7 +722,7 @@ def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refuse
     assert not (tmp_path / "flora").exists()
 
 
-@pytest.mark.parametrize("kind", flora.KINDS)
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3"])
 def test_a_merged_folder_holds_the_adapted_model_and_its_tokenizer(tiny, golden, kind, tmp_path):
     wanted = tiny(golden["ids"], torch.tensor([random_adapter(tiny, kind, 2)] * 3))
     assert (wanted - golden["logits"]).abs().max() > 0.1
@@ -809,7 +949,7 @@ def losses(report):
     return [(p["step"], p["loss"], p["heldout_loss"]) for p in report["log"]]
 
 
-@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "none"])
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "ffba", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
         kind, family, tiny_folder, tiny_llama_folder, tmp_path):
@@ -865,9 +1005,9 @@ def start_train(*args, launcher=()):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, tiny_folder, tmp_path):
-    flags = ["--steps", 150, "--rank", 2]
+@pytest.mark.parametrize("how,kind", [(signal.SIGKILL, "flora"), (signal.SIGINT, "ffba")])
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, kind, tiny_folder, tmp_path):
+    flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
     process = start_train(tiny_folder, tmp_path / "cut", *flags)
     while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -952,18 +1092,20 @@ def run_script(main, argv, monkeypatch):
 
 @pytest.fixture(scope="session")
 def embedded_adapters(tmp_path_factory):
-    """Six adapters of the embedded base model, far from it: {name: file}, none included."""
+    """Adapters of the embedded base model, far from it: {name: file}, none included."""
     folder, model = tmp_path_factory.mktemp("adapters"), GPT.from_pretrained(EMBEDDED)
     torch.manual_seed(0)
     files = {"none": "none"}
     for name, kind, rank, size in [("flora1", "flora", 1, 0.4), ("flora4", "flora", 4, 0.4), ("lora8", "lora", 8, 0.1),
-                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5)]:
+                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5), ("ffba8", "ffba", 8, 0.1),
+                                   ("ffba2", "ffba", 2, 0.1)]:
         files[name] = str(folder / f"{name}.safetensors")
         flora.save_adapter(model, random_adapter(model, kind, rank, size=size), files[name])
     return files
 
 
-@pytest.mark.parametrize("names", [["flora1", "other"], ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
+@pytest.mark.parametrize("names", [["flora1", "other"], ["ffba8", "none", "ffba2"],
+                                   ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
 def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_alone(
         names, embedded_adapters, tmp_path, monkeypatch):
     """The whole command line, on the embedded model: six rows mix FLoRA ranks 1 and 4, LoRA, IA3, none."""
@@ -1166,7 +1308,7 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 def served_kinds(family):
     return [("flora", 1, None), ("lora", 2, None), ("ia3", 1, None),
             ("flora", 3, ["c_attn.qk"] if family == "gpt_bigcode" else ["q_proj", "k_proj"]),
-            ("lora", 1, ["all"]), ("flora", 2, ["all"])]
+            ("lora", 1, ["all"]), ("flora", 2, ["all"]), ("ffba", 2, None)]
 
 
 def trained(model, adapter_id, seed=0):
@@ -1489,6 +1631,22 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path, capsys):
         bench.draw_together([str(tmp_path / "empty.json")], str(tmp_path / "both.png"))
 
 
+def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path):
+    run = script("bench.py", "--weights", served_folder, "--ranks", 4, "--mode", "token", "--token-length", 5,
+                 "--num-requests", 2, "--scale", 0.02, "--repeats", 1, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = {row["baseline"]: row for row in json.loads((tmp_path / "out" / "bench_cpu.json").read_text())["rows"]}
+    assert list(rows) == list(bench.TOKEN_ROWS)
+    assert {row["mode"] for row in rows.values()} == {"token"} and all(row.keys() >= ROW_KEYS for row in rows.values())
+    for name, row in rows.items():
+        kind, targets, _, _ = bench.TOKEN_ROWS[name]
+        if kind:
+            unit = bench.parameters_of(GPT.from_pretrained(served_folder), kind, 1, targets)
+            assert row["parameters"] == row["rank"] * unit
+            assert abs(row["parameters"] - rows["lora"]["parameters"]) <= unit / 2
+        assert f"{row['seconds_per_output_token_mean']:.6f}" in run.stdout
+
+
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
     bad, few = tmp_path / "bad.json", tmp_path / "few.json"
     bad.write_text('[{"text": 1}]')
@@ -1521,7 +1679,7 @@ def test_bench_lengths_follow_the_paper_and_the_seed():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bench_does_not_time_variants_that_disagree(family):
     fresh = served_model([], family)
-    sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5)], 2)
+    sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5), ("ffba", 2)], 2)
     bench.check_agreement(fresh, sets, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flora, "lora_masked", lambda x, A, B, mask: torch.zeros(*x.shape[:2], A.shape[1]))
@@ -1533,7 +1691,7 @@ def test_bench_does_not_time_variants_that_disagree(family):
 def test_int8_base_is_close_and_adapters_run_on_it(family):
     model, exact = served_model(family=family), served_model(family=family)
     flora.quantize_int8(model)
-    ids, adapter_ids = torch.randint(0, 97, (7, 9)), torch.arange(7)
+    ids, adapter_ids = torch.randint(0, 97, (8, 9)), torch.arange(8)
     with torch.no_grad():
         expected, layers = exact(ids, adapter_ids), [layer for _, layer in flora.adapter_layers(model)]
         assert (model(ids, adapter_ids) - expected).norm() < 0.03 * expected.norm()
@@ -1551,14 +1709,14 @@ def test_adapters_train_on_an_int8_base_with_the_gradients_of_its_values_and_no_
     for m in (model, exact):
         m.requires_grad_(False)
         torch.manual_seed(1)
-        for kind, rank, targets in MIXED:
+        for kind, rank, targets in MIXED["gpt_bigcode"]:
             random_adapter(m, kind, rank, targets)
     flora.quantize_int8(model)
     shapes = {layer.weight.shape for _, layer in flora.adapter_layers(model)}
     for (_, layer), (_, exact_layer) in zip(flora.adapter_layers(model), flora.adapter_layers(exact)):
         exact_layer.weight.copy_(layer.weight.float() * layer.scale[:, None])
-    ids, kept = torch.randint(0, 300, (len(MIXED), 9)), []
-    adapter_ids = torch.arange(1, len(MIXED) + 1)
+    ids, kept = torch.randint(0, 300, (len(MIXED["gpt_bigcode"]), 9)), []
+    adapter_ids = torch.arange(1, len(MIXED["gpt_bigcode"]) + 1)
 
     def keep(tensor):
         if tensor.is_floating_point() and {tensor.shape, tensor.shape[::-1]} & shapes:
@@ -1571,7 +1729,7 @@ def test_adapters_train_on_an_int8_base_with_the_gradients_of_its_values_and_no_
     assert not kept
     loss.backward()
     train.loss_of(exact, ids, ids, adapter_ids).backward()
-    for i in range(1, len(MIXED) + 1):
+    for i in range(1, len(MIXED["gpt_bigcode"]) + 1):
         for ours, theirs in zip(flora.adapter_parameters(model, i).values(), flora.adapter_parameters(exact, i).values()):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3)
 

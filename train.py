@@ -35,7 +35,7 @@ from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_de
 
 # flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
 # measured better on the embedded one (README).
-LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "none": 2e-3}
+LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "ffba": 1e-3, "none": 2e-3}
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -209,7 +209,7 @@ def peak_memory(device):
 
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "data", "ext", "keep_duplicates", "steps",
+RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext", "keep_duplicates", "steps",
                "batch_size", "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head",
                "n_embd", "quantize")
 
@@ -307,7 +307,8 @@ def train(args):
             fit_seconds = time.time() - tick
             say(f"fitted to {args.from_lora} in {fit_seconds:.1f} s: relative error of the weights {fit_error:.4f}")
         else:
-            adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha)
+            adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
+                                           args.ffba_activation if args.adapter == "ffba" else None)
         trained = flora.adapter_parameters(model, adapter_id)
         # No decay: it would pull a multiplicative adapter to 0, and the identity is 1
         groups = [dict(params=list(trained.values()), weight_decay=0.0)]
@@ -460,7 +461,7 @@ def plot(json_files, png):
         run = read_json(file)
         if "log" not in run:
             raise BadInput(f"--plot {file}: not a --json report of train.py")
-        label = run["adapter"] + (f" rank {run['rank']}" if run["adapter"] in ("flora", "lora") else "")
+        label = run["adapter"] + (f" rank {run['rank']}" if run["adapter"] in ("flora", "lora", "ffba") else "")
         axes.plot([p["step"] for p in run["log"]], [p["heldout_loss"] for p in run["log"]], "o-",
                   ms=3, label=f"{label}, {run['trainable_parameters']:,} parameters")
     axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
@@ -474,12 +475,14 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--adapter", choices=["flora", "lora", "ia3", "none"], default="flora", help="none trains the base model")
+    add("--adapter", choices=[*flora.KINDS, "none"], default="flora", help="none trains the base model")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, or all "
         "(default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj gate_proj up_proj "
-        "down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj)")
-    add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
+        "down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj). ffba: attn mlp, or all (default)")
+    add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
+    add("--ffba-activation", choices=["identity", "block"], default="identity",
+        help="between FFBA's halves: nothing, or the block's activation")
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
@@ -521,7 +524,7 @@ def parse_args(argv=None):
     args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    rank = f"-r{args.rank}" if args.adapter in ("flora", "lora") else ""
+    rank = f"-r{args.rank}" if args.adapter in ("flora", "lora", "ffba") else ""
     args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
     return args
 
