@@ -102,7 +102,7 @@ def rope_frequencies(config, device):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + D/2}) of x [B, h, T, D] by angles of cos, sin [B or 1, 1, T, D / 2]."""
+    """Turn the pairs (x_i, x_{i + D/2}) of x [B, T, h, D] by angles of cos, sin [B or 1, T, 1, D / 2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
@@ -139,35 +139,38 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.head_dim = config.n_embd, config.head_dim
-        self.widths = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
+        self.width, self.kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
         self.flash = True
         self.activation = activation(config)   # for an FFBA adapter that asks for it
         self.fused = config.model_type == "gpt_bigcode"
         if self.fused:
-            self.c_attn = AdapterLinear(C, sum(self.widths))   # rows: [query C | key D | value D]
+            self.c_attn = AdapterLinear(C, self.width + 2 * self.kv_width)   # rows: [query C | key D | value D]
             self.c_proj = AdapterLinear(C, C)
         else:
-            self.q_proj, self.k_proj, self.v_proj = (AdapterLinear(C, width, bias=False) for width in self.widths)
-            self.o_proj = AdapterLinear(self.widths[0], C, bias=False)
+            self.q_proj = AdapterLinear(C, self.width, bias=False)
+            self.k_proj, self.v_proj = (AdapterLinear(C, self.kv_width, bias=False) for _ in range(2))
+            self.o_proj = AdapterLinear(self.width, C, bias=False)
 
     def forward(self, x, adapter_ids, kv_cache, index, mask, rope):
         B, T, C = x.shape
         if self.fused:
             qkv, hidden = self.c_attn.with_hidden(x, adapter_ids, self.activation)   # hidden: FFBA's, for c_proj
-            qkv = qkv.split(self.widths, dim=-1)
+            q, kv = qkv.split([self.width, 2 * self.kv_width], dim=-1)
+            q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
         else:
             q, hidden = self.q_proj.with_hidden(x, adapter_ids, self.activation)
-            qkv = q, self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)
-        q, k, v = (y.view(B, T, -1, self.head_dim).transpose(1, 2) for y in qkv)   # [B, H or K, T, D]
-        if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
-        if kv_cache is not None:  # [2, B, K, S, D]
-            if index is None:  # prefill: the cache is empty, attend among the new tokens
-                kv_cache[0, :, :, :T], kv_cache[1, :, :, :T] = k, v
-            else:              # decode: attend to all that each row has cached so far
-                kv_cache[0][index], kv_cache[1][index] = k, v
-                k, v = kv_cache
-        y = attend(q, k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)
+            k, v = self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)
+            q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
+            q, kv = rotate(q, *rope), torch.stack([rotate(k, *rope), v], dim=2)
+        if index is None:      # prefill: the cache is empty, attend among the new tokens
+            kv = kv.permute(2, 0, 3, 1, 4)                                    # [2, B, K, T, D]
+            if kv_cache is not None:
+                kv_cache[:, :, :, :T] = kv
+        else:                  # decode: attend to all that each row has cached so far
+            kv_cache[index] = kv                                              # [B, T, 2, K, D], into
+            kv = kv_cache                                                     # [2, B, K, S, D]
+        k, v = kv
+        y = attend(q.transpose(1, 2), k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)
         return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids, hidden=hidden)
 
 
@@ -258,14 +261,14 @@ class GPT(nn.Module):
         index = mask = rope = None
         if self.llama:
             where = torch.arange(T, device=ids.device)[None] if positions is None else positions
-            angles = where[:, None, :, None] * rope_frequencies(self.config, ids.device)   # [B or 1, 1, T, D / 2]
+            angles = where[:, :, None, None] * rope_frequencies(self.config, ids.device)   # [B or 1, T, 1, D / 2]
             rope = angles.cos(), angles.sin()
         else:
             wpe = self.transformer.wpe
             x = x + (wpe.weight[:T] if positions is None else wpe(positions))
         if positions is not None and kv_cache is not None:
-            row, head = (torch.arange(n, device=ids.device) for n in (B, self.config.n_kv_head))
-            index = row[:, None, None], head[:, None], positions[:, None]     # where k and v [B, K, T, D] go
+            row, every = torch.arange(B, device=ids.device)[:, None], slice(None)
+            index = every, row, every, positions                              # where the new keys and values go
             unseen = torch.arange(kv_cache.shape[-2], device=ids.device) > positions[:, :, None]
             mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
         for i, block in enumerate(self.blocks):
