@@ -551,7 +551,7 @@ def run(args):
     settings = dict(completions=args.completions, timeout=args.timeout)
     if not given:
         settings |= {key: getattr(args, key) for key in (
-            "weights", "adapter", "dtype", "max_new_tokens", "temperature", "top_p", "seed")}
+            "weights", "adapter", "dtype", "quantize", "max_new_tokens", "temperature", "top_p", "seed")}
     results = resume(args.results, settings, problems)
     keys = {(problems[i].file, problems[i].name, number): (i, number) for i, number in todo}
     results = {key: r for key, r in results.items() if key in keys}
