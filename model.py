@@ -81,7 +81,7 @@ PRESETS = {
     # Both families at 27 M parameters, to compare them on a CPU (bench.py)
     "starcoder-cpu": GPTConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_inner=2048),
     "llama-cpu": llama_config(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_kv_head=8,
-                              n_inner=1184, tie_word_embeddings=True),
+                              n_inner=1152, tie_word_embeddings=True),
 }
 
 
@@ -228,7 +228,8 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:  # the norms' gains stay ones; residual projections start smaller, as in GPT-2
-                depth = 2 * config.n_layer if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")) else 1
+                last = name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
+                depth = 2 * config.n_layer if last else 1
                 nn.init.normal_(p, std=config.initializer_range / depth**0.5)
 
     @property
