@@ -1,6 +1,7 @@
-"""Throughput and latency of FLoRA, IA3 and LoRA across ranks (§4.1, Fig. 2, App. B.2, Eq. 7).
+"""Throughput and latency of FLoRA, IA3, LoRA and FFBA across ranks (§4.1, Fig. 2, App. B.2, Eq. 7).
 
   python bench.py --ranks 1 2 4 8                             the embedded model, minutes on 2 cores
+  python bench.py --mode token --ranks 8                      one request alone, at equal parameters
   python bench.py --mode layer --model starcoderbase-1b --random-weights        one projection alone
   python bench.py --model starcoder --random-weights --dtype float16 --attention math \\
       --ranks 1 2 4 8 16 --mode throughput latency --request-rate 8             Fig. 2, on one GPU
@@ -20,9 +21,12 @@ warm-up, and stand in the table as medians over the rounds.
   ratio to base             tokens/s of the row / tokens/s of the base row, in the same round
 
 throughput: all requests arrive at once. latency: they arrive at random (Poisson) at --request-rate a
-second. layer: forward of one c_attn (Llama: v_proj) alone; its tokens/s counts rows of the input.
+second. layer: forward of one c_attn (Llama: v_proj) alone; its tokens/s counts rows of the input. token: one request of
+16 + --token-length tokens at a time, with one adapter; each of --ranks is LoRA's on c_attn (Llama: q_proj v_proj), and every other row
+(TOKEN_ROWS; --rows is not asked) has the rank whose parameters are nearest to LoRA's.
 """
 import argparse
+import copy
 import json
 import os
 import platform
@@ -46,8 +50,19 @@ ROWS = {  # name for --rows: (kind of adapter, path of AdapterLinear, what it is
     "lora-token": ("lora", "token", "LoRA: bmm, adapters gathered per token, as in the paper"),
     "lora-example": ("lora", "example", "LoRA: bmm per example"),
     "lora-masked": ("lora", "masked", "LoRA: one dense [d, n r] matmul and a mask, no bmm"),
+    "ffba": ("ffba", None, "FFBA: fused, on all four projections: more parameters at a rank"),
+    "ffba-unfused": ("ffba", "unfused", "FFBA: by small matmuls of its own"),
 }
-DEFAULT_ROWS = [name for name in ROWS if name != "flora-eq6"]
+DEFAULT_ROWS = [name for name in ROWS if name not in ("flora-eq6", "ffba", "ffba-unfused")]
+TOKEN_ROWS = {  # for --mode token: (kind of adapter, targets, path, what it is)
+    "base": (None, None, None, "base model, no adapters"),
+    "lora": ("lora", None, "example", "LoRA unmerged on the default targets, c_attn"),
+    "lora-all": ("lora", ["all"], "example", "LoRA unmerged on all projections"),
+    "lora-merged": ("lora", None, "merged", "LoRA merged into W0: the base model's shapes"),
+    "ffba": ("ffba", None, None, "FFBA fused, in both of a block's pairs"),
+    "ffba-unfused": ("ffba", None, "unfused", "FFBA by small matmuls of its own"),
+    "flora": ("flora", None, "auto", "FLoRA on the default targets"),
+}
 LORA_ROWS = [name for name, (kind, _, _) in ROWS.items() if kind == "lora"]
 BYTES = 1 << 28  # of the tensors that memory bandwidth is measured with
 
@@ -115,13 +130,13 @@ def make_workload(args, config, tokenizer):
 # ------------------------------------------------------------------------------- adapters and variants
 
 
-def make_adapter_sets(model, kinds_and_ranks, n):
+def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
     """{(kind, rank): {layer: (adapters, frozen bank)}}, n adapters each, moved off the identity."""
     sets = {}
     for kind, rank in kinds_and_ranks:
         install(model, None)
         for _ in range(n):
-            adapter_id = flora.add_adapter(model, kind, rank)
+            adapter_id = flora.add_adapter(model, kind, rank, targets)
             for p in flora.adapter_parameters(model, adapter_id).values():
                 p.data += 0.02 * torch.randn_like(p)
         flora.freeze_bank(model)
@@ -134,6 +149,8 @@ def install(model, adapters, path=None):
     """Give the model one set of make_adapter_sets, or (None) no adapter, and a way to compute it."""
     for _, layer in flora.adapter_layers(model):
         layer.adapters, layer.frozen_bank = adapters[layer] if adapters else (nn.ModuleDict(), None)
+        if path == "unfused" and layer.frozen_bank:
+            layer.frozen_bank = layer.frozen_bank._replace(fused=None)
         layer.num_adapters = len(layer.adapters)
         layer.path = path if path in ("expand", "materialise") else "auto"
         layer.lora_path = path if path in ("token", "masked") else "example"
@@ -147,7 +164,8 @@ def check_agreement(model, sets, dtype):
     device = model.wte.weight.device
     ids = torch.randint(0, model.config.vocab_size, (2, 12), device=device)
     for (kind, rank), adapters in sets.items():
-        paths = {"flora": ("expand", "materialise"), "lora": ("example", "token", "masked")}.get(kind, (None,))
+        paths = {"flora": ("expand", "materialise"), "lora": ("example", "token", "masked"),
+                 "ffba": (None, "unfused")}.get(kind, (None,))
         for x in (ids, ids[:, :1]):
             outputs = {}
             for path in paths:
@@ -288,7 +306,8 @@ def serve(engine, workload, num_adapters, arrivals=None):
 
 def summarise(name, rank, mode, rate, rounds, base_rounds, warm_up):
     """One row of the results out of a row's rounds, dicts of metrics."""
-    row = dict(method=ROWS[name][0] or "base", baseline=name, what=ROWS[name][2], rank=rank, mode=mode,
+    kind, *_, what = (TOKEN_ROWS if mode == "token" else ROWS)[name]
+    row = dict(method=kind or "base", baseline=name, what=what, rank=rank, mode=mode,
                request_rate=rate, rounds=len(rounds), warm_up_seconds=warm_up)
     for metric in rounds[0]:
         row[metric] = float(np.median([r[metric] for r in rounds]))
@@ -331,6 +350,53 @@ def bench_layer(model, sets, variants, args, device, dtype):
     return rows
 
 
+def parameters_of(model, kind, rank, targets):
+    return sum(p.numel() for a in flora.make_adapters(model, kind, rank, targets, 8.0).values() for p in a.parameters())
+
+
+def bench_token(model, args, device, dtype):
+    """Mode token: seconds per output token of one request alone, methods at equal parameters."""
+    prompt, new = list(range(16)), args.token_length
+    variants, sets, parameters = [("base", None)], {}, {("base", None): 0}
+    install(model, None)
+    with torch.no_grad():
+        for lora_rank in args.ranks:
+            budget = parameters_of(model, "lora", lora_rank, None)
+            for name, (kind, targets, path, _) in TOKEN_ROWS.items():
+                if kind is None or path == "merged" and args.quantize:  # int8 has no weights to merge into
+                    continue
+                rank = max(1, round(budget / parameters_of(model, kind, 1, targets)))
+                if (name, rank) in parameters:  # two budgets, one nearest rank
+                    continue
+                variants.append((name, rank))
+                parameters[name, rank] = parameters_of(model, kind, rank, targets)
+                if path != "merged":
+                    made = make_adapter_sets(model, [(kind, rank)], 1, targets)
+                    check_agreement(model, made, dtype)
+                    sets[name, rank] = made[kind, rank]
+        merged = copy.deepcopy(model)
+        if not args.quantize:
+            flora.merge_adapter(merged, flora.add_adapter(merged, "lora", 1))
+    engines = {}
+
+    def run(variant):
+        _, _, path, _ = TOKEN_ROWS[variant[0]]
+        served = merged if path == "merged" else model
+        install(served, sets.get(variant), path)
+        if variant not in engines:
+            engines[variant] = Engine(served, 1, len(prompt) + new, compile=args.compile)
+        return serve(engines[variant], [(prompt, new)], int(variant in sets))
+
+    warm_up = {}
+    for variant in tqdm(variants, desc="warm-up", unit="row"):
+        start = time.perf_counter()
+        run(variant)
+        warm_up[variant] = time.perf_counter() - start
+    rows = in_turns(variants, "token", None, args.repeats, run, warm_up)
+    install(model, None)
+    return [row | dict(parameters=parameters[row["baseline"], row["rank"]]) for row in rows]
+
+
 @torch.inference_mode()
 def materialise_cost(model, sets, rank, device, dtype):
     """The measured flora.MATERIALISE_COST: what making W0 ∘ ΔW costs, in rows of the plain matmul."""
@@ -361,13 +427,15 @@ def print_table(rows):
     for mode, rate, T in dict.fromkeys((r["mode"], r["request_rate"], r.get("tokens")) for r in rows):
         title = mode + (f" at {rate:.3g} requests/s" if rate else "") + (f", {T} tokens an example" if T else "")
         print(f"\n{title}\n{'':>14}{'rank':>5}{'tokens/s':>10}{'min-max':>16}{'of base':>9}", end="")
-        print("" if T else f"{'s/token mean':>14}{'p50':>9}{'p99':>9}{'first token':>13}{'p99':>9}")
+        print(f"{'s/token':>11}{'parameters':>12}" if mode == "token" else
+              "" if T else f"{'s/token mean':>14}{'p50':>9}{'p99':>9}{'first token':>13}{'p99':>9}")
         for r in rows:
             if (r["mode"], r["request_rate"], r.get("tokens")) == (mode, rate, T):
                 spread = f"{r['tokens_per_second_min']:.0f}-{r['tokens_per_second_max']:.0f}"
                 print(f"{r['baseline']:>14}{r['rank'] or '':>5}{r['tokens_per_second']:>10.1f}{spread:>16}"
                       f"{r['ratio_to_base']:>9.3f}", end="")
-                print("" if T else f"{r['seconds_per_output_token_mean']:>14.4f}{r['seconds_per_output_token_p50']:>9.4f}"
+                print(f"{r['seconds_per_output_token_mean']:>11.6f}{r['parameters']:>12,}" if mode == "token" else
+                      "" if T else f"{r['seconds_per_output_token_mean']:>14.4f}{r['seconds_per_output_token_p50']:>9.4f}"
                       f"{r['seconds_per_output_token_p99']:>9.4f}{r['time_to_first_token_mean']:>13.3f}"
                       f"{r['time_to_first_token_p99']:>9.3f}")
 
@@ -471,11 +539,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    add("--mode", nargs="+", choices=["throughput", "latency", "layer"], default=["throughput", "latency"])
+    add("--mode", nargs="+", choices=["throughput", "latency", "layer", "token"], default=["throughput", "latency"])
     add("--rows", nargs="+", choices=list(ROWS), default=DEFAULT_ROWS, help="the base always runs too")
     add("--model", choices=list(PRESETS), help="a published size instead of --weights; needs --random-weights")
     add("--random-weights", action="store_true")
-    add("--quantize", choices=["int8"], help="weight-only base")
     add("--attention", choices=["flash", "math"], default="flash", help="math: as the paper measured")
     add("--compile", action="store_true", help="decode with torch.compile; its time is reported apart")
     add("--num-requests", type=int, help="default: 1,000, on a CPU 32")
@@ -487,12 +554,14 @@ def parse_args(argv=None):
     add("--request-rate", type=float, nargs="+", help="arrivals a second for latency (default: 0.5 and 1.5 "
         "times what the base model serves)")
     add("--layer-tokens", type=int, nargs="+", default=[1, 64, 256], help="tokens an example, for layer")
+    add("--token-length", type=int, default=128, help="new tokens of a request, for token")
     add("--repeats", type=int, default=3, help="rounds; latency takes one, its spread is over the requests")
     add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
     add("--plot", nargs="+", metavar="JSON", help="no measuring: draw the throughput of these results into --png")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
-    for flag in ("ranks", "num_requests", "num_adapters", "slots", "max_batched_tokens", "layer_tokens", "repeats"):
+    for flag in ("ranks", "num_requests", "num_adapters", "slots", "max_batched_tokens", "layer_tokens", "token_length",
+                 "repeats"):
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} is {value}; use whole numbers of at least 1")
@@ -545,7 +614,7 @@ def main():
     print("\n".join(f"{key}: {json.dumps(value)}" for key, value in result.items()), flush=True)
 
     variants = [("base", None)]
-    for row in args.rows:
+    for row in args.rows if args.mode != ["token"] else []:  # which has rows of its own
         if row != "base":
             variants += [(row, rank) for rank in (args.ranks if ROWS[row][0] != "ia3" else [0.5])]
     with torch.no_grad():
@@ -561,6 +630,8 @@ def main():
         rows += bench_layer(model, sets, variants, args, device, dtype)
         if ("flora", args.ranks[0]) in sets:
             result["materialise_cost"] = materialise_cost(model, sets, args.ranks[0], device, dtype)
+    if "token" in args.mode:
+        rows += bench_token(model, args, device, dtype)
     if "throughput" in args.mode or "latency" in args.mode:
         if args.compile:
             torch._dynamo.config.recompile_limit = 8 * len(variants)
@@ -613,6 +684,8 @@ def main():
     file = args.json or os.path.join("out", f"bench_{device.type}.json")
     os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
     write_json(file, finite(result))
+    if args.mode == ["token"]:  # no figure
+        return print(f"\nwrote {file}")
     png = args.png or os.path.join("figures", f"fig2_{device.type}.png")
     draw(png, result)
     print(f"\nwrote {file} and {png}")

@@ -15,6 +15,7 @@ ids), "text" and "error" (null, or why it could not run), written as requests en
 interruption, the same command does only what is missing.
 """
 import argparse
+import gzip
 import json
 import os
 import sys
@@ -419,8 +420,9 @@ REQUEST_KEYS = {"prompt": str, "adapter": str, "max_new_tokens": int, "temperatu
 
 
 def read_jsonl(file):
-    """Yield (line number, value) of a JSONL file; a line that is no JSON is a ValueError with its number."""
-    with open(file, encoding="utf-8") as f:
+    """Yield (line number, value) of a .jsonl or .jsonl.gz file; a line that is no JSON is a ValueError that
+    names it."""
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             if line.strip():
                 try:
@@ -455,28 +457,41 @@ def read_requests(file, defaults):
     return requests
 
 
-def resume_results(file, requests):
-    """Set of the lines that an earlier run has finished. What it left half written is dropped."""
+def read_results(file, *keys):
+    """Results that an earlier run wrote to `file` -> {their values of `keys`: result}. What it left half
+    written is dropped."""
     results = {}
     if os.path.exists(file):
         try:
             for _, result in read_jsonl(file):
-                results[result["line"]] = result
+                results[tuple(result[key] for key in keys)] = result
         except ValueError:
             pass  # the line that was being written when the run was killed
         except (OSError, KeyError, TypeError) as e:
             raise BadInput(f"--results {file}: is no file of results ({e}); move it away") from None
-    for line, result in results.items():
-        if any(result.get(key) != value for key, value in requests.get(line, {"prompt": None}).items()):
-            raise BadInput(f"--results {file}: line {line} of the requests was another one then; move the "
-                           "file away, or choose another --results")
+    return results
+
+
+def rewrite_results(file, results):
+    """Write the results that read_results kept, whole, for the run to append to."""
     try:
+        os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
         with open(f"{file}.tmp", "w", encoding="utf-8") as f:
             f.writelines(json.dumps(result) + "\n" for result in results.values())
         os.replace(f"{file}.tmp", file)
     except OSError as e:
         raise BadInput(f"--results {file}: cannot be written ({e.strerror})") from None
-    return set(results)
+
+
+def resume_results(file, requests):
+    """Set of the lines that an earlier run has finished."""
+    results = read_results(file, "line")
+    for (line,), result in results.items():
+        if any(result.get(key) != value for key, value in requests.get(line, {"prompt": None}).items()):
+            raise BadInput(f"--results {file}: line {line} of the requests was another one then; move the "
+                           "file away, or choose another --results")
+    rewrite_results(file, results)
+    return {line for line, in results}
 
 
 def serve(args, model, tokenizer):
@@ -522,6 +537,8 @@ def load_model(args):
     tokenizer = Tokenizer(args.weights)
     model = GPT.from_pretrained(args.weights, get_device(args.device), getattr(torch, args.dtype))
     model.set_attention(args.attention == "flash")
+    if args.quantize:
+        flora.quantize_int8(model)
     return model, tokenizer
 
 
@@ -543,7 +560,7 @@ def parse_args(argv=None):
     add("--prompt-file", action="append", default=[], metavar="FILE", help="a prompt from a file, - for standard input")
     add("--suffix", action="append", help="fill in the middle between prompt and this; one for all or one each")
     add("--adapter", action="append", default=[], metavar="FILE",
-        help="one for all prompts or one each; none is the base model")
+        help="a file, or a folder of PEFT; one for all prompts or one each; none is the base model")
     add("--max-new-tokens", type=int, default=64)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 keeps all")

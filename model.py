@@ -16,7 +16,6 @@ adapter. Parameters carry the names that Hugging Face gives them in either famil
 Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -24,6 +23,7 @@ import shutil
 import sys
 import zipfile
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, save_tensors
+from flora import (AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, read_json,
+                   save_tensors, write_json)
 
 
 @dataclass
@@ -128,12 +129,19 @@ def attend(q, k, v, mask=None, flash=True):
     return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
+def activation(config):
+    """The activation of the MLP: GELU, exact or by tanh, or SiLU."""
+    exact = {"gelu": F.gelu, "silu": F.silu}
+    return exact.get(config.activation_function, partial(F.gelu, approximate="tanh"))
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.head_dim = config.n_embd, config.head_dim
         self.width, self.kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
         self.flash = True
+        self.activation = activation(config)   # for an FFBA adapter that asks for it
         self.fused = config.model_type == "gpt_bigcode"
         if self.fused:
             self.c_attn = AdapterLinear(C, self.width + 2 * self.kv_width)   # rows: [query C | key D | value D]
@@ -146,11 +154,13 @@ class Attention(nn.Module):
     def forward(self, x, adapter_ids, kv_cache, index, mask, rope):
         B, T, C = x.shape
         if self.fused:
-            q, kv = self.c_attn(x, adapter_ids).split([self.width, 2 * self.kv_width], dim=-1)
+            qkv, hidden = self.c_attn.with_hidden(x, adapter_ids, self.activation)   # hidden: FFBA's, for c_proj
+            q, kv = qkv.split([self.width, 2 * self.kv_width], dim=-1)
             q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
         else:
-            q, k, v = (project(x, adapter_ids).view(B, T, -1, self.head_dim)
-                       for project in (self.q_proj, self.k_proj, self.v_proj))
+            q, hidden = self.q_proj.with_hidden(x, adapter_ids, self.activation)
+            q, k, v = (y.view(B, T, -1, self.head_dim)
+                       for y in (q, self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)))
             q, kv = rotate(q, *rope), torch.stack([rotate(k, *rope), v], dim=2)
         if index is None:      # prefill: the cache is empty, attend among the new tokens
             kv = kv.permute(2, 0, 3, 1, 4)                                    # [2, B, K, T, D]
@@ -161,13 +171,14 @@ class Attention(nn.Module):
             kv = kv_cache                                                     # [2, B, K, S, D]
         k, v = kv
         y = attend(q.transpose(1, 2), k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)
-        return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids)
+        return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids, hidden=hidden)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, inner = config.n_embd, config.n_inner
+        self.activation = activation(config)
         self.gated = config.model_type == "llama"
         if self.gated:
             self.gate_proj, self.up_proj = (AdapterLinear(C, inner, bias=False) for _ in range(2))
@@ -175,12 +186,12 @@ class MLP(nn.Module):
         else:
             self.c_fc = AdapterLinear(C, inner)
             self.c_proj = AdapterLinear(inner, C)
-            self.approximate = "none" if config.activation_function == "gelu" else "tanh"
 
     def forward(self, x, adapter_ids):
-        if self.gated:
-            return self.down_proj(F.silu(self.gate_proj(x, adapter_ids)) * self.up_proj(x, adapter_ids), adapter_ids)
-        return self.c_proj(F.gelu(self.c_fc(x, adapter_ids), approximate=self.approximate), adapter_ids)
+        first, second = (self.gate_proj, self.down_proj) if self.gated else (self.c_fc, self.c_proj)
+        y, hidden = first.with_hidden(x, adapter_ids, self.activation)        # hidden: FFBA's, for the second
+        y = self.activation(y)
+        return second(y * self.up_proj(x, adapter_ids) if self.gated else y, adapter_ids, hidden=hidden)
 
 
 def new_norm(config):
@@ -379,19 +390,6 @@ def fingerprint(samples):
     for name in sorted(samples):
         digest.update(name.encode() + samples[name])
     return digest.hexdigest()[:16]
-
-
-def read_json(file):
-    try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except FileNotFoundError:
-        raise BadInput(f"{file}: no such file") from None
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{file}: not readable as JSON ({e})") from None
 
 
 KEYS = {  # by family, {field of GPTConfig: key of config.json}, where the two differ
@@ -597,13 +595,14 @@ EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
 
 
 def add_common_flags(parser, dtypes):
-    """--weights, --device, --dtype, --seed and --json, with the same meaning in every script."""
+    """--weights, --device, --dtype, --quantize, --seed and --json, with the same meaning in every script."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--weights", metavar="FOLDER", default=EMBEDDED,
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
                         help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--quantize", choices=["int8"], help="hold the base's projections as int8, a scale per output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 
@@ -615,17 +614,6 @@ def get_device(name):
     except (RuntimeError, AssertionError) as e:
         raise BadInput(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
     return torch.device(name)
-
-
-def write_json(file, value):
-    """Write a JSON file whole: under a temporary name, then renamed."""
-    try:
-        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
-        os.replace(f"{file}.tmp", file)
-    except OSError as e:
-        raise BadInput(f"{file}: cannot be written ({e.strerror})") from None
 
 
 def run_main(main):

@@ -3,12 +3,16 @@
 Most tests use a tiny random model; those of the embedded model say so. Nothing here is timed.
 """
 import copy
+import gzip
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
+import evaluate
 import flora
 import generate
 import train
@@ -39,9 +45,11 @@ LLAMA = dict(model_type="llama", n_kv_head=2, tie_word_embeddings=False, activat
 CONFIGS = {"gpt_bigcode": CONFIG, "llama": replace(CONFIG, **LLAMA)}
 MIXED = {"gpt_bigcode": [
     ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
-    ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"])], "llama": [
+    ("flora", 2, ["c_attn.qk"]), ("ia3", 1, ["c_attn.k", "c_fc"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
+    ("ffba", 3, None), ("ffba", 1, ["mlp"])], "llama": [
     ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
-    ("flora", 2, ["q_proj", "k_proj"]), ("ia3", 1, ["k_proj", "up_proj"]), ("lora", 2, ["q_proj", "o_proj"])]}
+    ("flora", 2, ["q_proj", "k_proj"]), ("ia3", 1, ["k_proj", "up_proj"]), ("lora", 2, ["q_proj", "o_proj"]),
+    ("ffba", 3, None), ("ffba", 1, ["mlp"])]}
 EACH_MIXED = [(family, *adapter) for family in FAMILIES for adapter in MIXED[family]]
 ALL = {"gpt_bigcode": ["c_attn", "c_proj", "c_fc", "mlp.c_proj"],
        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
@@ -61,9 +69,9 @@ def tiny_model(family="gpt_bigcode", seed=0):
     return random_model(CONFIGS[family], seed)
 
 
-def random_adapter(model, kind, rank=1, targets=None, size=0.3):
+def random_adapter(model, kind, rank=1, targets=None, size=0.3, activation=None):
     """Add an adapter as training might have left it, far from the base model."""
-    adapter_id = flora.add_adapter(model, kind, rank, targets)
+    adapter_id = flora.add_adapter(model, kind, rank, targets, activation=activation)
     with torch.no_grad():
         for p in flora.adapter_parameters(model, adapter_id).values():
             p.add_(size * torch.randn_like(p))
@@ -163,14 +171,14 @@ def test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone(path, fa
         for mine, other in zip(flora.adapter_parameters(model, adapter_id).values(),
                                flora.adapter_parameters(alone[-1], 1).values()):
             other.data.copy_(mine)
-    ids = torch.randint(0, 300, (8, 20))
+    ids = torch.randint(0, 300, (10, 20))
     for _, layer in flora.adapter_layers(model):
         layer.path = path
     for frozen in (False, True):
         if frozen:
             flora.freeze_bank(model)
-        logits = model(ids, torch.tensor([3, 0, 1, 2, 7, 4, 5, 6]))
-        for row, adapter_id in enumerate([3, 0, 1, 2, 7, 4, 5, 6]):
+        logits = model(ids, torch.tensor([3, 0, 1, 2, 7, 4, 5, 8, 6, 9]))
+        for row, adapter_id in enumerate([3, 0, 1, 2, 7, 4, 5, 8, 6, 9]):
             one = alone[adapter_id](ids[row:row + 1], torch.tensor([min(adapter_id, 1)]))
             assert (logits[row] - one[0]).abs().max() < 1e-4
             assert adapter_id == 0 or (logits[row] - logits[1]).abs().max() > 1e-2  # it does something
@@ -261,7 +269,7 @@ def test_only_the_adapter_gets_gradients(family):
             ".B", ".adapters.1.B") for n in trained})
 
 
-@pytest.mark.parametrize("family,kind,rank,targets", EACH_MIXED)
+@pytest.mark.parametrize("family,kind,rank,targets", [adapter for adapter in EACH_MIXED if adapter[1] != "ffba"])
 def test_merging_gives_the_adapted_model(family, kind, rank, targets):
     model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
     adapter_id, before = random_adapter(model, kind, rank, targets), model.fingerprint
@@ -271,6 +279,139 @@ def test_merging_gives_the_adapted_model(family, kind, rank, targets):
     assert model.fingerprint != before
     with pytest.raises(BadInput, match="no adapter 1"):
         flora.adapter_parameters(model, 1)
+
+
+# ------------------------------------------------------------ fused forward-backward adapters (FFBA)
+
+FFBAS = [(3, None, "identity"), (2, ["mlp"], "block"), (5, ["attn"], "block"), (1, ["attn", "mlp"], "identity")]
+
+
+def ffba_model(adapters=FFBAS, config=CONFIG):
+    model = random_model(config)
+    for rank, targets, activation in adapters:
+        random_adapter(model, "ffba", rank, targets, activation=activation)
+    return model.requires_grad_(False)
+
+
+class MatmulCount(TorchDispatchMode):
+    """Counts the matmuls that are launched, in whatever form."""
+    NAMES = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "_linear_pointwise"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count = getattr(self, "count", 0) + (func.overloadpacket.__name__ in self.NAMES)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ["identity", "block"])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_ffba_equals_its_definition_forward_and_backward(rank, activation, device):
+    """y = f(x W1 + b1) W2 + b2 + (alpha / r) s(x B) A, on the pair of an MLP."""
+    model = ffba_model([(rank, ["mlp"], activation)]).to(device)
+    mlp = model.transformer.h[1].mlp
+    B, A = mlp.c_fc.adapters["1"].B, mlp.c_proj.adapters["1"].A
+    x = torch.randn(3, 7, 32, device=device, requires_grad=True)
+    leaves = [x, A.requires_grad_(), B.requires_grad_()]
+    hidden = F.gelu(x @ B, approximate="tanh") if activation == "block" else x @ B
+    dense = mlp(x, None) + 8 / rank * hidden @ A
+    y = mlp(x, torch.ones(3, dtype=torch.int64, device=device))
+    assert (y - dense).abs().max() < 1e-5 < 1e-2 < (y - mlp(x, None)).abs().max()
+    for got, want in zip(torch.autograd.grad(y.sin().sum(), leaves),
+                         torch.autograd.grad(dense.sin().sum(), leaves)):
+        assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_ffba_equals_unfused_and_each_row_of_a_mixed_batch_alone(dtype):
+    """Packed or not, adapters per example or per token; alone: a model with that one adapter, unfused."""
+    model, ids = ffba_model(), torch.randint(0, 300, (6, 9))
+    random_adapter(model, "lora", 2)
+    kinds, model = [("ffba", *adapter) for adapter in FFBAS] + [("lora", 2, None, None)], model.to(dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if ".adapters." in name else p.data
+    adapter_ids = torch.tensor([4, 2, 0, 1, 5, 3])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    unfused = model(ids, adapter_ids)
+    for row, i in enumerate(adapter_ids.tolist()):
+        alone = random_model(CONFIG).to(dtype)
+        if i:
+            flora.add_adapter(alone, *kinds[i - 1][:3], activation=kinds[i - 1][3])
+            for mine, other in zip(flora.adapter_parameters(alone, 1).values(),
+                                   flora.adapter_parameters(model, i).values()):
+                mine.data = other.data
+        one = alone(ids[row:row + 1], torch.tensor([min(i, 1)]))[0]
+        assert (unfused[row] - one).abs().max() < tolerance * one.abs().max()
+        assert i == 0 or (one - model(ids[row:row + 1])[0]).abs().max() > 0.05 * one.abs().max()
+    flora.freeze_bank(model)
+    assert all(bank.fused for bank in flora.frozen_banks(model).values())
+    for pack in (False, True):
+        with torch.no_grad():
+            model.pack() if pack else None
+            for batch in (adapter_ids, adapter_ids[:, None].expand(6, 9)):
+                assert (model(ids, batch) - unfused).abs().max() < tolerance * unfused.abs().max()
+    with pytest.raises(IndexError):
+        model(ids, torch.full((6,), 6))
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_fused_ffba_launches_the_number_of_matmuls_of_the_base_model(T):
+    model, ids = ffba_model(), torch.randint(0, 300, (5, T))
+    adapter_ids, position = torch.tensor([4, 2, 0, 1, 3]), torch.full((5, 1), 9)
+
+    def count(adapter_ids):
+        cache = model.new_kv_cache(5, 12)
+        with torch.no_grad(), MatmulCount() as mode:
+            model(ids, adapter_ids, cache, position if T == 1 else None)
+        return mode.count
+
+    base, pairs = count(None), 2 * CONFIG.n_layer
+    assert base > 4 * CONFIG.n_layer and count(adapter_ids) == base + 2 * pairs   # unfused: B and A of each pair
+    flora.freeze_bank(model)
+    assert count(adapter_ids) == count(flora.gather(model, adapter_ids)) == base
+    model.pack()
+    assert count(flora.gather(model, adapter_ids)) == count(None) == base
+
+
+def test_ffba_adapters_come_and_go_in_place_while_others_run(tmp_path):
+    """What fits the columns of the fused weights is written there, for packed copies too."""
+    served, donor = ffba_model(), tiny_model()
+    engine = Engine(served, slots=4)
+    flora.freeze_bank(served)
+    long = engine.submit([1, 2, 3], adapter_id=2, max_new_tokens=30)
+    alone = plain(ffba_model(), [1, 2, 3], 2, 30)
+    engine.step()
+    fused = served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight
+    for evicted, rank, targets, activation, in_place in [
+            (1, 3, None, "block", True), (3, 2, ["mlp"], "identity", True), (1, 6, ["mlp"], "block", False)]:
+        i = random_adapter(donor, "ffba", rank, targets, activation=activation)
+        flora.save_adapter(donor, i, tmp_path / "a.safetensors")
+        engine.remove_adapter(evicted)
+        assert engine.load_adapter(tmp_path / "a.safetensors") == evicted
+        assert (served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight is fused) == in_place
+        request = engine.submit([7, 8], adapter_id=evicted, max_new_tokens=4)
+        while request.state != "done":
+            engine.step()
+        assert request.ids == plain(donor, [7, 8], i, 4) != plain(donor, [7, 8], BASE, 4)
+    engine.run()
+    assert long.ids == alone
+
+
+def test_merging_ffba_widens_the_mlp_or_is_refused_in_a_sentence(tmp_path):
+    """With target mlp and the block's activation it is an ordinary model, with r hidden units more."""
+    model, ids = ffba_model([(3, ["mlp"], "block")]), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([1, 1]))
+    flora.merge_adapter(model, 1)
+    assert model.config.n_inner == CONFIG.n_inner + 3 and (model(ids) - wanted).abs().max() < 1e-5
+    model.save_pretrained(tmp_path)
+    assert (GPT.from_pretrained(tmp_path)(ids) - wanted).abs().max() < 1e-5
+    for targets, activation in [(["mlp"], "identity"), (["attn"], "block"), (None, "block")]:
+        model = ffba_model([(3, targets, activation)])
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(BadInput, match="an ffba adapter of .* cannot be merged, only one of StarCoder's target mlp and"):
+            flora.merge_adapter(model, 1)
+        assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    with pytest.raises(BadInput, match='activation is .relu.; use "identity" or "block"'):
+        flora.add_adapter(model, "ffba", activation="relu")
 
 
 # ---------------------------------------------------------------------------------- adapter files
@@ -290,6 +431,7 @@ def test_saved_adapters_load_equal_and_carry_their_metadata(family, kind, rank, 
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         metadata = json.loads(f.metadata()["flora_adapter"])
     assert metadata["kind"] == kind and metadata["base"] == model.fingerprint
+    assert metadata["activation"] == ("identity" if kind == "ffba" else None)
     assert metadata["targets"] == list(
         ALL[family] if targets == ["all"] else targets or flora.DEFAULT_TARGETS[family][kind])
     assert metadata["training"] == {"steps": 3}
@@ -334,7 +476,10 @@ def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("kind,rank,targets,sentence", [
-    ("dora", 1, None, "unknown adapter kind 'dora'; use one of flora, lora, ia3"),
+    ("dora", 1, None, "unknown adapter kind 'dora'; use one of flora, lora, ia3, ffba"),
+    ("ffba", 1, ["c_attn"], "unknown target 'c_attn'; use one of attn, mlp, or all"),
+    ("lora", 1, ["attn"], "unknown target 'attn'; use one of c_attn"),
+    ("ffba", 1, ["mlp", "mlp"], "adapt transformer.h.0.mlp.c_fc twice"),
     ("flora", 0, None, "rank is 0; use a whole number of at least 1"),
     ("lora", 1.5, None, "rank is 1.5; use a whole number"),
     ("flora", 1, ["wq"], "unknown target 'wq'; use one of c_attn, c_attn.qk.*or all"),
@@ -417,19 +562,28 @@ def tiny(name):
     return GPT.from_pretrained(FIXTURES / f"tiny{name}").requires_grad_(False)
 
 
-def add_peft(model, kind, golden):
-    """Add the adapter that `golden` holds under PEFT's keys; returns its id."""
-    adapter_id = flora.add_adapter(model, kind, rank=2, alpha=8)
-    prefix = f"{kind}:base_model.model."
-    stored = {key.removeprefix(prefix): t for key, t in golden.items() if key.startswith(prefix)}
-    for name, p in flora.adapter_parameters(model, adapter_id).items():
-        layer, part = name.rsplit(".", 1)
-        if kind == "lora":  # PEFT's lora_A [r, in] is our Bᵀ, its lora_B [out, r] our Aᵀ
-            p.data.copy_(stored.pop(f"{layer}.lora_{'A' if part == 'B' else 'B'}.weight").T)
-        else:
-            p.data.copy_(stored.pop(f"{layer}.ia3_l").flatten())
-    assert not stored  # PEFT adapts no projection that ours leaves out
-    return adapter_id
+PEFT_CONFIG = {
+    "lora": dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=8, bias="none",
+                 lora_dropout=0.1, use_dora=False, modules_to_save=None, rank_pattern={}, qalora_group_size=16),
+    "ia3": dict(peft_type="IA3", task_type="CAUSAL_LM", init_ia3_weights=True)}
+PEFT_MODULES = {  # PEFT's defaults, by family
+    "lora": [["c_attn"], ["q_proj", "v_proj"]],
+    "ia3": [["mlp.c_proj", "c_attn"], ["down_proj", "k_proj", "v_proj"]]}
+
+
+def peft_config(kind, keys):
+    """What PEFT wrote beside the tensors of these names."""
+    modules = PEFT_MODULES[kind]["self_attn" in "".join(keys)]
+    return PEFT_CONFIG[kind] | dict(target_modules=modules) | (dict(feedforward_modules=modules[:1]) if kind == "ia3" else {})
+
+
+def peft_folder(folder, kind, golden, **changes):
+    """The PEFT adapter that `golden` holds, as a folder of PEFT's. changes: of its adapter_config.json."""
+    folder.mkdir(exist_ok=True)
+    tensors = {key.removeprefix(f"{kind}:"): t for key, t in golden.items() if key.startswith(f"{kind}:")}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config(kind, tensors) | changes))
+    return folder
 
 
 def assert_close(ours, theirs):
@@ -451,11 +605,11 @@ def test_greedy_of_a_ragged_batch_equals_hugging_face_one_by_one(tiny, golden, f
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
-def test_adapter_equals_peft(tiny, golden, kind):
+def test_adapter_equals_peft(tiny, golden, kind, tmp_path):
     ids, theirs = golden["ids"], golden[f"{kind}_logits"]
     shown = theirs.shape[1]
     assert (theirs - golden["logits"][:, -shown:]).abs().max() > 1  # the adapter is no identity
-    adapter_id = add_peft(tiny, kind, golden)
+    adapter_id = flora.load_adapter(tiny, peft_folder(tmp_path / kind, kind, golden))
     per_example = torch.full((len(ids),), adapter_id)
     for path in ("expand", "materialise"):
         for _, layer in flora.adapter_layers(tiny):
@@ -466,8 +620,8 @@ def test_adapter_equals_peft(tiny, golden, kind):
     assert_close(tiny(ids)[:, -shown:], theirs)
 
 
-def test_mixed_batch_equals_hugging_face_and_peft_row_by_row(tiny, golden):
-    lora, ia3 = add_peft(tiny, "lora", golden), add_peft(tiny, "ia3", golden)
+def test_mixed_batch_equals_hugging_face_and_peft_row_by_row(tiny, golden, tmp_path):
+    lora, ia3 = (flora.load_adapter(tiny, peft_folder(tmp_path / kind, kind, golden)) for kind in ("lora", "ia3"))
     flora.freeze_bank(tiny)
     adapter_ids = torch.tensor([ia3, flora.BASE, lora] * 3)
     shown = golden["ia3_logits"].shape[1]
@@ -484,6 +638,99 @@ def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
     assert GPT.from_pretrained(tmp_path).config == tiny.config
+
+
+# -------------------------------------------------------------- PEFT's folders and merged checkpoints
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_peft_folder_comes_back_key_for_key_and_bit_for_bit(tiny, golden, kind, tmp_path):
+    adapter_id = flora.load_adapter(tiny, peft_folder(tmp_path / "in", kind, golden))
+    flora.save_peft(tiny, adapter_id, tmp_path / "out", "some/base")
+    theirs, ours = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("in", "out"))
+    assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    config, wanted = json.loads((tmp_path / "out" / "adapter_config.json").read_text()), peft_config(kind, theirs)
+    for key in ("target_modules", "feedforward_modules"):   # ours are longer: attn.c_attn
+        assert all(any(m.endswith(module) for m in config[key]) for module in wanted.get(key, []))
+        assert len(config.get(key, [])) == len(wanted.get(key, []))
+    assert config["base_model_name_or_path"] == "some/base"
+    for key in ("peft_type", "r", "lora_alpha"):
+        assert config.get(key) == wanted.get(key)
+
+
+@pytest.mark.parametrize("kind,rank,targets", [("lora", 8, ["all"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
+                                               ("ia3", 1, ["all"]), ("ia3", 1, ["c_attn.k", "c_fc"])])
+def test_adapters_exported_to_peft_come_back_with_their_logits(kind, rank, targets, tmp_path):
+    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([random_adapter(model, kind, rank, targets)] * 2))
+    flora.save_peft(model, 1, tmp_path)
+    other = tiny_model()
+    assert (other(ids, torch.tensor([flora.load_adapter(other, tmp_path)] * 2)) - wanted).abs().max() < 1e-5
+    flora.save_adapter(other, 1, tmp_path / "ours.safetensors")  # and in our own form
+    third = tiny_model()
+    flora.load_adapter(third, tmp_path / "ours.safetensors")
+    assert (third(ids, torch.tensor([1, 1])) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", [""])
+def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
+    plain = flora.load_adapter(tiny, peft_folder(tmp_path / "a", "lora", golden, lora_alpha=8 * 2**0.5))
+    rslora = flora.load_adapter(tiny, peft_folder(tmp_path / "b", "lora", golden, use_rslora=True))
+    logits = tiny(golden["ids"][:1].expand(2, -1), torch.tensor([rslora, plain]))
+    assert_close(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("name", [""])
+@pytest.mark.parametrize("changes,sentence", [
+    (dict(peft_type="PREFIX_TUNING"), "peft_type is 'PREFIX_TUNING'; only LORA and IA3 can be loaded"),
+    (dict(use_dora=True), "use_dora is True, which cannot be represented here"),
+    (dict(rank_pattern={"c_attn": 4}), "rank_pattern is {'c_attn': 4}, which cannot"),
+    (dict(alpha_pattern={"c_attn": 4}), "alpha_pattern is {'c_attn': 4}, which cannot"),
+    (dict(lora_bias=True), "lora_bias is True, which cannot"),
+    (dict(bias="all"), "bias is 'all', which cannot"),
+    (dict(modules_to_save=["wte"]), "modules_to_save is ['wte'], which cannot"),
+    (dict(layers_to_transform=[0]), "layers_to_transform is [0], which cannot"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which cannot"),
+    (dict(made_up_later=1), "made_up_later is 1, which cannot"),
+    (dict(target_modules=["q_proj"]), "names 'q_proj', which is none of this model's projections: attn.c_attn, "),
+    (dict(target_modules="c_.*"), "target_modules is 'c_.*'; it must list the names of projections"),
+    (dict(target_modules=["h.0.attn.c_attn"]), "leaves out transformer.h.1.attn.c_attn but not the same projection"),
+    (dict(target_modules=["c_attn", "c_fc"]), "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight is missing"),
+    (dict(target_modules=["c_fc"]), "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight is unexpected"),
+    (dict(r=3), "c_attn.lora_A.weight has shape [2, 24], this model needs [3, 24]"),
+    (dict(r=None), "adapter_config.json: rank is None; use a whole number"),
+    (dict(lora_alpha="8"), "lora_alpha is '8'; it must be a number"),
+])
+def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(tiny, golden, tmp_path, changes, sentence):
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        flora.load_adapter(tiny, peft_folder(tmp_path / "lora", "lora", golden, **changes))
+    assert all(layer.num_adapters == 0 for _, layer in flora.adapter_layers(tiny))
+
+
+@pytest.mark.parametrize("name", [""])
+def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refused(tiny, golden, tmp_path):
+    folder = peft_folder(tmp_path / "lora", "lora", golden)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(BadInput, match="adapter_model.bin is a pickle, which is not opened; load it in PEFT and save"):
+        flora.load_adapter(tiny, folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(BadInput, match="adapter_model.safetensors: no such adapter file"):
+        flora.load_adapter(tiny, folder)
+    with pytest.raises(BadInput, match="adapter 1 is of kind flora, which PEFT does not have; .*flora.merge_adapter"):
+        flora.save_peft(tiny, random_adapter(tiny, "flora"), tmp_path / "flora")
+    assert not (tmp_path / "flora").exists()
+
+
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3"])
+def test_a_merged_folder_holds_the_adapted_model_and_its_tokenizer(tiny, golden, kind, tmp_path):
+    wanted = tiny(golden["ids"], torch.tensor([random_adapter(tiny, kind, 2)] * 3))
+    assert (wanted - golden["logits"]).abs().max() > 0.1
+    flora.merge_adapter(tiny, 1)
+    tiny.save_pretrained(tmp_path / "merged")
+    Tokenizer(TINY).save(tmp_path / "merged")
+    assert_close(GPT.from_pretrained(tmp_path / "merged")(golden["ids"]), wanted)
+    assert sorted(os.listdir(tmp_path / "merged")) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 # ---------------------------------------------------------------------------- folders of weights
@@ -703,7 +950,7 @@ def losses(report):
     return [(p["step"], p["loss"], p["heldout_loss"]) for p in report["log"]]
 
 
-@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "none"])
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "ffba", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
         kind, family, tiny_folder, tiny_llama_folder, tmp_path):
@@ -759,9 +1006,9 @@ def start_train(*args, launcher=()):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, tiny_folder, tmp_path):
-    flags = ["--steps", 150, "--rank", 2]
+@pytest.mark.parametrize("how,kind", [(signal.SIGKILL, "flora"), (signal.SIGINT, "ffba")])
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, kind, tiny_folder, tmp_path):
+    flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
     process = start_train(tiny_folder, tmp_path / "cut", *flags)
     while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
@@ -846,18 +1093,20 @@ def run_script(main, argv, monkeypatch):
 
 @pytest.fixture(scope="session")
 def embedded_adapters(tmp_path_factory):
-    """Six adapters of the embedded base model, far from it: {name: file}, none included."""
+    """Adapters of the embedded base model, far from it: {name: file}, none included."""
     folder, model = tmp_path_factory.mktemp("adapters"), GPT.from_pretrained(EMBEDDED)
     torch.manual_seed(0)
     files = {"none": "none"}
     for name, kind, rank, size in [("flora1", "flora", 1, 0.4), ("flora4", "flora", 4, 0.4), ("lora8", "lora", 8, 0.1),
-                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5)]:
+                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5), ("ffba8", "ffba", 8, 0.1),
+                                   ("ffba2", "ffba", 2, 0.1)]:
         files[name] = str(folder / f"{name}.safetensors")
         flora.save_adapter(model, random_adapter(model, kind, rank, size=size), files[name])
     return files
 
 
-@pytest.mark.parametrize("names", [["flora1", "other"], ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
+@pytest.mark.parametrize("names", [["flora1", "other"], ["ffba8", "none", "ffba2"],
+                                   ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
 def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_alone(
         names, embedded_adapters, tmp_path, monkeypatch):
     """The whole command line, on the embedded model: six rows mix FLoRA ranks 1 and 4, LoRA, IA3, none."""
@@ -933,6 +1182,63 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     assert together != generate.generate(model, prompts, seed=4, **settings)
 
 
+# ----------------------------------------------------------------------------- a FLoRA from a LoRA
+
+
+def test_the_fit_recovers_what_flora_can_be_and_never_grows_worse():
+    torch.manual_seed(0)
+    W0, rank = torch.randn(12, 20), 3
+    W = W0 * (1 + torch.randn(12, rank - 1) @ torch.randn(rank - 1, 20))       # exactly W0 ∘ (rank 3)
+    A, B, errors = flora.fit_flora(W0, W, rank, rounds=100)
+    torch.testing.assert_close(W0 * (B @ A).float(), W, rtol=0, atol=1e-3)
+    lora = W0 + torch.randn(12, 2) @ torch.randn(2, 20)                        # what it cannot be
+    last = []
+    for rank in (1, 2, 4, 8, 12):
+        A, B, errors = flora.fit_flora(W0, lora, rank)
+        assert A.shape == (rank, 20) and B.shape == (12, rank)
+        assert errors[0] == pytest.approx((lora - W0).norm().item())           # the identity's
+        assert all(after <= before + 1e-9 * errors[0] for before, after in zip(errors, errors[1:]))
+        last.append(errors[-1])
+    assert last == sorted(last, reverse=True) and last[-1] < 1e-3 * errors[0]  # rank 12: all of it
+
+
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn.qk", "mlp.c_proj"]])
+def test_a_flora_of_full_rank_has_its_loras_logits(targets):
+    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([random_adapter(model, "lora", 2, targets, size=0.1)] * 2))
+    exact, error = flora.flora_from_lora(model, 1, 32)
+    assert error < 1e-3 and (model(ids, torch.tensor([exact] * 2)) - wanted).abs().max() < 1e-2
+    rank_2, error = flora.flora_from_lora(model, 1, 2)
+    assert 0.3 < error < 1 and [a.target for a in flora.adapters_of(model, rank_2).values()] == targets * 2
+    with pytest.raises(BadInput, match="adapter 2 is of kind flora; a FLoRA is fitted to a LoRA"):
+        flora.flora_from_lora(model, exact, 1)
+
+
+def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, tmp_path):
+    lora = run_train(tiny_folder, tmp_path / "lora", "--adapter", "lora", "--targets", "all", "--lr", 0.02)
+    flags = ["--adapter", "flora", "--rank", 2, "--from-lora", lora["adapter_file"]]
+    fit = run_train(tiny_folder, tmp_path / "fit", *flags, "--steps", 0)
+    student = run_train(tiny_folder, tmp_path / "student", *flags)
+    base, teacher = lora["heldout_loss_before"], lora["heldout_loss_after"]
+    for report in (fit, student):
+        assert (report["heldout_loss_base"], report["heldout_loss_teacher"]) == pytest.approx((base, teacher))
+        assert report["share_of_gain"] == pytest.approx((base - report["heldout_loss_after"]) / (base - teacher))
+        assert report["targets"] == ["c_attn", "c_proj", "c_fc", "mlp.c_proj"]
+        assert 0.3 < report["fit_error"] < 1
+    assert fit["heldout_loss_after"] == fit["heldout_loss_before"] == student["heldout_loss_before"]
+    assert student["share_of_gain"] > fit["share_of_gain"] + 0.05
+    resumed = run_train(tiny_folder, tmp_path / "student", *flags, "--resume")  # from its end
+    assert resumed["heldout_loss_after"] == student["heldout_loss_after"] and losses(resumed) == losses(student)
+
+    model = GPT.from_pretrained(tiny_folder)
+    adapters = [flora.load_adapter(model, r["adapter_file"]) for r in (lora, student, fit)] + [BASE]
+    x, ids = torch.randint(0, 4096, (2, 32)), torch.ones(2, dtype=torch.int64)
+    far = [train.distillation_loss(model, model, x, i * ids, adapters[0] * ids).item() for i in adapters]
+    assert abs(far[0]) < 1e-6 and far == sorted(far)   # KL: 0 of the LoRA itself, then student, fit, base
+    with pytest.raises(BadInput, match="was made with --from-lora .*adapter.safetensors, not None"):
+        run_train(tiny_folder, tmp_path / "student", "--adapter", "flora", "--rank", 2, "--resume")
+
+
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -947,6 +1253,12 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
     ("train", "--plot {short}/a.h", "a.h: not readable as JSON"),
+    ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
+    ("train", "--adapter ia3 --from-lora x", "--from-lora makes a FLoRA; it does not go with --adapter ia3"),
+    ("train", "--targets c_fc --from-lora x", "--from-lora takes the LoRA's targets; leave out --targets"),
+    ("train", "--from-lora {empty}/x", "x: no such adapter file"),
+    ("train", "--from-lora {flora1} --weights {base}", "adapter 1 is of kind flora; a FLoRA is fitted to a LoRA"),
+    ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),
     ("generate", "--prompt a --adapter {empty}/x", "x: no such adapter file"),
@@ -963,7 +1275,8 @@ def test_bad_input_is_one_sentence_and_exit_status_2(
     (tmp_path / "short").mkdir()
     for i, name in enumerate("abc"):
         (tmp_path / "short" / f"{name}.h").write_text(f"int {name};\n" * (i + 1))
-    words = dict(empty=tmp_path / "empty", short=tmp_path / "short", long="x," * 40, flora1=embedded_adapters["flora1"])
+    words = dict(empty=tmp_path / "empty", short=tmp_path / "short", long="x," * 40, base=EMBEDDED,
+                 flora1=embedded_adapters["flora1"])
     flags = [flag.format(**words) for flag in flags.split()]
     if script == "train":
         flags = tiny_flags(tiny_folder, tmp_path / "out") + flags
@@ -996,7 +1309,7 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 def served_kinds(family):
     return [("flora", 1, None), ("lora", 2, None), ("ia3", 1, None),
             ("flora", 3, ["c_attn.qk"] if family == "gpt_bigcode" else ["q_proj", "k_proj"]),
-            ("lora", 1, ["all"]), ("flora", 2, ["all"])]
+            ("lora", 1, ["all"]), ("flora", 2, ["all"]), ("ffba", 2, None)]
 
 
 def trained(model, adapter_id, seed=0):
@@ -1319,6 +1632,22 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path, capsys):
         bench.draw_together([str(tmp_path / "empty.json")], str(tmp_path / "both.png"))
 
 
+def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path):
+    run = script("bench.py", "--weights", served_folder, "--ranks", 4, "--mode", "token", "--token-length", 5,
+                 "--num-requests", 2, "--scale", 0.02, "--repeats", 1, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = {row["baseline"]: row for row in json.loads((tmp_path / "out" / "bench_cpu.json").read_text())["rows"]}
+    assert list(rows) == list(bench.TOKEN_ROWS)
+    assert {row["mode"] for row in rows.values()} == {"token"} and all(row.keys() >= ROW_KEYS for row in rows.values())
+    for name, row in rows.items():
+        kind, targets, _, _ = bench.TOKEN_ROWS[name]
+        if kind:
+            unit = bench.parameters_of(GPT.from_pretrained(served_folder), kind, 1, targets)
+            assert row["parameters"] == row["rank"] * unit
+            assert abs(row["parameters"] - rows["lora"]["parameters"]) <= unit / 2
+        assert f"{row['seconds_per_output_token_mean']:.6f}" in run.stdout
+
+
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
     bad, few = tmp_path / "bad.json", tmp_path / "few.json"
     bad.write_text('[{"text": 1}]')
@@ -1351,7 +1680,7 @@ def test_bench_lengths_follow_the_paper_and_the_seed():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bench_does_not_time_variants_that_disagree(family):
     fresh = served_model([], family)
-    sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5)], 2)
+    sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5), ("ffba", 2)], 2)
     bench.check_agreement(fresh, sets, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flora, "lora_masked", lambda x, A, B, mask: torch.zeros(*x.shape[:2], A.shape[1]))
@@ -1363,7 +1692,7 @@ def test_bench_does_not_time_variants_that_disagree(family):
 def test_int8_base_is_close_and_adapters_run_on_it(family):
     model, exact = served_model(family=family), served_model(family=family)
     flora.quantize_int8(model)
-    ids, adapter_ids = torch.randint(0, 97, (7, 9)), torch.arange(7)
+    ids, adapter_ids = torch.randint(0, 97, (8, 9)), torch.arange(8)
     with torch.no_grad():
         expected, layers = exact(ids, adapter_ids), [layer for _, layer in flora.adapter_layers(model)]
         assert (model(ids, adapter_ids) - expected).norm() < 0.03 * expected.norm()
@@ -1374,3 +1703,451 @@ def test_int8_base_is_close_and_adapters_run_on_it(family):
                 layer.path = path
             torch.testing.assert_close(model(ids, adapter_ids), exact(ids, adapter_ids), atol=1e-4, rtol=1e-4)
     assert generate.generate(model, [[1, 2]], [3], max_new_tokens=6)[0] == plain(exact, [1, 2], 3, 6)
+
+
+def test_adapters_train_on_an_int8_base_with_the_gradients_of_its_values_and_no_float_copy_of_it_is_kept():
+    model, exact = tiny_model(), tiny_model()
+    for m in (model, exact):
+        m.requires_grad_(False)
+        torch.manual_seed(1)
+        for kind, rank, targets in MIXED["gpt_bigcode"]:
+            random_adapter(m, kind, rank, targets)
+    flora.quantize_int8(model)
+    shapes = {layer.weight.shape for _, layer in flora.adapter_layers(model)}
+    for (_, layer), (_, exact_layer) in zip(flora.adapter_layers(model), flora.adapter_layers(exact)):
+        exact_layer.weight.copy_(layer.weight.float() * layer.scale[:, None])
+    ids, kept = torch.randint(0, 300, (len(MIXED["gpt_bigcode"]), 9)), []
+    adapter_ids = torch.arange(1, len(MIXED["gpt_bigcode"]) + 1)
+
+    def keep(tensor):
+        if tensor.is_floating_point() and {tensor.shape, tensor.shape[::-1]} & shapes:
+            kept.append(tensor)
+        return tensor
+    for _, layer in [*flora.adapter_layers(model), *flora.adapter_layers(exact)]:
+        layer.path = "expand"
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = train.loss_of(model, ids, ids, adapter_ids)
+    assert not kept
+    loss.backward()
+    train.loss_of(exact, ids, ids, adapter_ids).backward()
+    for i in range(1, len(MIXED["gpt_bigcode"]) + 1):
+        for ours, theirs in zip(flora.adapter_parameters(model, i).values(), flora.adapter_parameters(exact, i).values()):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["flora", "lora"])
+def test_training_on_an_int8_base_lowers_the_loss_and_its_adapter_runs_on_it(kind, tiny_folder, tmp_path, monkeypatch, capsys):
+    report = run_train(tiny_folder, tmp_path / kind, "--adapter", kind, "--quantize", "int8")
+    assert report["heldout_loss_after"] < report["heldout_loss_before"]
+    run_script(generate.main, ["generate.py", "--weights", str(tiny_folder), "--quantize", "int8", "--prompt", "def",
+                               "--adapter", report["adapter_file"], "--max-new-tokens", "3"], monkeypatch)
+    assert "tokens/s" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ pass@k by execution
+
+
+def needs(language):
+    """Skip, saying what is missing, where a language cannot be run."""
+    try:
+        evaluate.interpreter_of(language)
+    except BadInput as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(params=["namespaces", "no namespaces"])
+def sandbox(request, monkeypatch):
+    """Both ways to contain programs, with small limits, and a file name that no other process has."""
+    if request.param == "namespaces" and evaluate.no_namespaces():
+        pytest.skip(f"namespaces are not to be had here: {evaluate.no_namespaces()}")
+    needs("py")
+    if request.param == "no namespaces":
+        monkeypatch.setattr(evaluate, "no_namespaces", lambda: "switched off by a test")
+    for name, value in dict(memory=256 << 20, file=1 << 20, disk=4 << 20).items():
+        monkeypatch.setitem(evaluate.LIMITS, name, value)
+    name = f"hostile-{os.getpid()}-{time.monotonic_ns()}.py"
+    monkeypatch.setitem(evaluate.LANGUAGES, "py", evaluate.LANGUAGES["py"]._replace(file=name))
+    folder = tempfile.mkdtemp()  # not tmp_path, which other users cannot enter
+    os.chmod(folder, 0o755)
+    monkeypatch.setattr(tempfile, "tempdir", folder)
+    yield name
+    os.rmdir(folder)  # nothing is left in it
+
+
+HOSTILE = {  # (program, seconds it gets, outcomes that are right)
+    "forks without end": ("""
+import os
+while True:
+    try:
+        os.fork()
+    except OSError:
+        pass""", 1, {"timeout"}),
+    "leaves a daemon": ("""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(60)
+    os._exit(0)""", 60, {"passed"}),
+    "writes one large file": ("open('a', 'w').write('x' * 2**24)", 60, {"failed", "limit"}),
+    "writes many files": ("""
+for i in range(10**9):
+    open(f'{i}', 'w').write('x' * 2**19)""", 60, {"failed", "limit"}),
+    "prints without end": ("while True: print('x' * 10000)", 60, {"limit"}),
+    "prints without end and hides it": ("""
+while True:
+    try:
+        print('x' * 10000, flush=True)
+    except OSError:
+        pass""", 1, {"timeout", "limit"}),
+    "ignores SIGTERM": ("""
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(60)""", 0.5, {"timeout"}),
+    "takes memory without end": ("""
+hoard = []
+while True:
+    hoard.append(bytearray(10**7))""", 60, {"failed"}),
+    "exits before its tests": ("import os; os._exit(0)", 60, {"failed"}),
+    "prints and exits before its tests": ("print('ok'); raise SystemExit(0)", 60, {"failed"}),
+    "deletes its folder": ("import os, shutil; shutil.rmtree(os.getcwd(), ignore_errors=True)", 60, {"passed"}),
+    "nests folders without end": ("""
+import os
+for i in range(1500):
+    os.mkdir('d'); os.chdir('d')""", 60, {"passed", "failed", "limit"}),
+    "reads standard input": ("import sys; assert sys.stdin.read() == ''", 60, {"passed"}),
+}
+
+
+def left_over(name):
+    """Live processes with `name` on their command line, but for this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if name in (folder / "cmdline").read_text() and int(folder.name) != os.getpid():
+                found.append(folder.name)
+        except OSError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_program_neither_passes_nor_outlives_its_run(what, sandbox):
+    program, timeout, right = HOSTILE[what]
+    outcome = evaluate.run_program("py", program, timeout)
+    assert outcome.outcome in right, outcome
+    assert not left_over(sandbox)
+
+
+def test_a_namespace_hides_network_processes_and_files(tmp_path, monkeypatch):
+    needs("py")
+    if evaluate.no_namespaces():
+        pytest.skip(f"namespaces are not to be had here: {evaluate.no_namespaces()}")
+    monkeypatch.setenv("SECRET", "1")
+    tmp_path.chmod(0o777)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        outcome = evaluate.run_program("py", f"""
+import os, signal, socket
+def refused(act, *args):
+    try:
+        act(*args)
+    except OSError:
+        return True
+assert refused(socket.create_connection, ("127.0.0.1", {server.getsockname()[1]}), 1)
+for file in ("{tmp_path}/a", "/tmp/a", "/dev/shm/a", "/var/tmp/a"):
+    assert refused(open, file, "w"), file
+open("own", "w").write("x")
+assert "SECRET" not in os.environ and refused(os.kill, {os.getpid()}, 0)
+refused(os.kill, os.getppid(), signal.SIGSTOP)
+refused(os.kill, -1, signal.SIGKILL)""", 60)
+    assert outcome.outcome == "passed", outcome
+
+
+MULTIPLE = {  # language: a prompt, a completion that passes, one that fails, one that leaves, tests as MultiPL-E writes them
+    "py": ("def add(a, b):", "\n    return a + b", "\n    return a", "\n    exit(0)", """
+def check(candidate):
+    assert candidate(1, 2) == 3
+def test_check():
+    check(add)
+test_check()"""),
+    "sh": ("add() {", "\n    echo $(($1 + $2))\n}", "\n    echo $1\n}", "\n    echo 3\n}\nexit 0", """
+candidate() {
+    add "$@"
+}
+set -e
+run_test() {
+    [[ $(candidate "1" "2") = "3" ]]
+}
+run_test"""),
+    "pl": ("sub add {", "\n    return $_[0] + $_[1];\n}", "\n    return 1;\n}", "\n    exit 0;\n}", """
+sub testhumaneval {
+    my $candidate = \\&add;
+    if ($candidate->(1, 2) == 3) { print "ok!" } else { print "not okay!"; exit 1; }
+}
+testhumaneval();"""),
+    "js": ("function add(a, b){", "\n  return a + b\n}", "\n  return a\n}", "\n  process.exit(0)\n}", """
+const assert = require('node:assert');
+function test() {
+  let candidate = add;
+  assert.deepEqual(candidate(1, 2), 3);
+}
+test();"""),
+    "lua": ("local function add(a, b)", "\n  return a + b\nend", "\n  return a\nend", "\n  os.exit(0)\nend", """
+lu = require('luaunit')
+function test_humaneval()
+    local candidate = add
+    lu.assertEquals(candidate(1, 2), 3)
+end
+os.exit(lu.LuaUnit.run())"""),
+    "rb": ("def add(a, b)", "\n  a + b\nend", "\n  a\nend", "\n  exit(0)\nend", """
+require 'test/unit'
+class TestHumanEval < Test::Unit::TestCase
+  def test_add
+    candidate = method(:add)
+    assert_equal(3, candidate.call(1, 2))
+  end
+end"""),
+    "r": ("add <- function(a, b) {", "\n  a + b\n}", "\n  a\n}", "\n  quit('no', 0)\n}", """
+test_humaneval <- function() {
+    candidate <- add
+    if(!identical(candidate(1, 2), 3)){quit('no', 1)}
+}
+test_humaneval()"""),
+}
+
+
+@pytest.mark.parametrize("language", MULTIPLE)
+def test_multipl_e_programs_pass_fail_and_leave_early_in_every_language(language):
+    needs(language)
+    prompt, right, wrong, leaving, tests = MULTIPLE[language]
+    try:
+        evaluate.check_languages([evaluate.Problem("f", "n", language, prompt, tests, [])])
+    except BadInput as e:
+        pytest.skip(str(e))
+    outcomes = [evaluate.run_program(language, f"{prompt}{c}\n{tests}", 60) for c in (right, wrong, leaving, " (")]
+    assert [o.outcome for o in outcomes] == ["passed", "failed", "failed", "failed"], outcomes
+
+
+def add_problems(file, language, names=("a", "b")):
+    """A MultiPL-E file whose problems are all `add`."""
+    prompt, *_, tests = MULTIPLE[language]
+    return write_jsonl(file, [dict(name=name, language=language, prompt=prompt, tests=tests, stop_tokens=["\n\n"])
+                              for name in names])
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass():
+    from itertools import combinations
+    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (7, 1, 7), (4, 3, 2)]:
+        subsets = list(combinations([True] * c + [False] * (n - c), k))
+        assert abs(evaluate.pass_at_k(n, c, k) - sum(map(any, subsets)) / len(subsets)) < 1e-12
+    assert evaluate.mean_and_error([0.5]) == (0.5, None)
+    mean, error = evaluate.mean_and_error([0.0, 1.0, 1.0, 0.5])
+    assert mean == 0.625 and abs(error - np.std([0, 1, 1, 0.5], ddof=1) / 2) < 1e-12
+
+
+def test_known_completions_in_three_languages_get_their_pass_at_k(tmp_path, monkeypatch, capsys):
+    """And a run that was cut off does only what is missing, and refuses other settings."""
+    languages = ["py", "sh", "pl"]
+    for language in languages:
+        needs(language)
+    files = [add_problems(tmp_path / f"{language}.jsonl", language) for language in languages]
+    given = [dict(name=name, file=f"{language}.jsonl", completion=MULTIPLE[language][which])
+             for language in languages for name, pattern in [("a", [1, 2, 1]), ("b", [2, 3, 2])] for which in pattern]
+    completions, results = write_jsonl(tmp_path / "given.jsonl", given), tmp_path / "out" / "results.jsonl"
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *map(str, flags), "--results", str(results),
+                                          "--i-trust-the-code"])
+        evaluate.main()
+        return capsys.readouterr().out
+    flags = [*files, "--completions", completions, "--k", 1, 2, "--json", tmp_path / "out.json", "--timeout", 60]
+    table = main(*flags)
+    for row in json.loads((tmp_path / "out.json").read_text())["rows"]:
+        assert (row["problems"], row["samples"], row["passed"], row["failed"]) == (2, 6, 2, 4)
+        assert abs(row["pass@1"] - 1 / 3) < 1e-9 and row["pass@2"] == 0.5     # of a 2/3 and 1, of b 0
+        assert abs(row["±1"] - 1 / 3) < 1e-9 and abs(row["±2"] - 0.5) < 1e-9
+    assert table.count("0.3333 ± 0.3333") == table.count("0.5000 ± 0.5000") == 3 and "6 of 18 programs passed" in table
+
+    whole = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(whole[:16]) + whole[16][:30])
+    calls, execute = [], evaluate.execute
+    monkeypatch.setattr(evaluate, "execute", lambda completions, *args: execute(calls.extend(completions) or calls, *args))
+    assert main(*flags) == table and len(calls) == 2
+    again = results.read_text().splitlines(keepends=True)
+    assert again[:16] == whole[:16] and len(again) == 18
+    with pytest.raises(BadInput, match="results.jsonl: was made with timeout 60.0, not 61.0; move the file away"):
+        main(*flags, "--timeout", 61)
+    files[0].write_text(files[0].read_text().replace("candidate(1, 2)", "candidate(2, 1)"))
+    with pytest.raises(BadInput, match="another form of the problem a of py.jsonl"):
+        main(*flags)
+    with pytest.raises(BadInput, match="--k 4: needs as many samples of every problem, and there are 3"):
+        main(*flags, "--k", 4)
+
+
+def test_sampled_programs_are_what_the_model_says_alone_cut_at_stops(tmp_path):
+    """The embedded model, each sample by a random number of its own, and counted as executed."""
+    needs("py")
+    model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
+    problems = [evaluate.Problem("f", str(i), "py", f"def f{i}(x):\n", "", ["\n\n", " ="]) for i in range(2)]
+    problems.append(problems[0]._replace(name="long", prompt="x " * 600))
+    todo = [(p, n) for p in problems for n in range(2)]
+    settings = dict(max_new_tokens=24, temperature=0.8, seed=3)
+    got = {(p.name, n): (text, tokens, error) for p, n, text, tokens, error in
+           evaluate.sample_completions(model, tokenizer, BASE, todo, slots=3, **settings)}
+    assert len(got) == 6 and "shorten it" in got["long", 0][2]
+    for p, n in todo[:4]:
+        alone = {(p.name, n): text for p, n, text, *_ in
+                 evaluate.sample_completions(model, tokenizer, BASE, [(p, n)], slots=1, **settings)}
+        text, tokens, error = got[p.name, n]
+        assert text == alone[p.name, n] and not any(s in text for s in p.stops) and error is None and tokens <= 24
+    assert len({text for text, *_ in got.values()}) > 3
+    counts = evaluate.evaluate_problems(model, tokenizer, BASE, problems, 2, timeout=60, max_new_tokens=2)
+    assert [c.total() for c in counts] == [2, 2, 2] and counts[2] == {"refused": 2}
+
+
+def test_humaneval_problems_are_scored_by_their_own_solutions(tmp_path, monkeypatch, capsys):
+    needs("py")
+    problem = dict(task_id="HumanEval/0", prompt="def one():\n", entry_point="one", canonical_solution="    return 1\n",
+                   test="def check(candidate):\n    assert candidate() == 1\n")
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as f:
+        f.write(json.dumps(problem) + "\n")
+    for completions, passed in [("canonical", 1), ("empty", 0)]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", str(tmp_path / "HumanEval.jsonl.gz"), "--completions",
+                                          completions, "--results", str(tmp_path / completions), "--i-trust-the-code"])
+        evaluate.main()
+        assert f"{passed} of 1 programs passed" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_in_a_sentence(tmp_path, monkeypatch):
+    good, bad = add_problems(tmp_path / "good.jsonl", "py"), tmp_path / "bad.jsonl"
+    line = json.loads(good.read_text().splitlines()[0])
+    for text, sentence in [
+            ("{", "not readable as JSONL .line 1: "), ("", "holds no problem"), ("[1]", "line 1: is no problem; MultiPL-E"),
+            (json.dumps(line | dict(language="cobol")), "language 'cobol' cannot be run here; use one of py, pl"),
+            (json.dumps(line | dict(stop_tokens="x")), "stop_tokens is 'x', which is no list of texts"),
+            (json.dumps(line) + "\n" + json.dumps(line), "line 2: the name a comes twice")]:
+        bad.write_text(text)
+        with pytest.raises(BadInput, match=sentence):
+            evaluate.read_problems(str(bad))
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
+    with pytest.raises(BadInput, match="bad.jsonl.gz: not readable"):
+        evaluate.read_problems(str(tmp_path / "bad.jsonl.gz"))
+    twice = tmp_path / "other" / "good.jsonl"
+    twice.parent.mkdir()
+    shutil.copy(good, twice)
+    for flags, sentence in [
+            ([good], "this runs programs that a model wrote .* add --i-trust-the-code"),
+            ([good, twice, "--i-trust-the-code"], "two problem files have the same name"),
+            ([good, "--i-trust-the-code", "--completions", "canonical"], "a of good.jsonl has no canonical_solution"),
+            ([good, "--i-trust-the-code", "--completions", tmp_path / "no"], "--completions .*no: not readable"),
+            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "c", [{}])], 'needs "task_id" or "name"'),
+            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "d", [dict(name="z", completion="")])],
+             "z is the name of 0 problems"),
+            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "e", [dict(name="a", completion="")])],
+             "has none for b of good.jsonl")]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *map(str, flags)])
+        with pytest.raises(BadInput, match=sentence):
+            evaluate.main()
+    for flags in (["--samples", "0"], ["--k", "0"], ["--timeout", "0"], ["--top-p", "0"], ["--workers", "0"]):
+        with pytest.raises(SystemExit) as exit:
+            evaluate.parse_args(["run", "f", *flags])
+        assert exit.value.code == 2
+
+
+def test_a_missing_interpreter_or_library_is_named(tmp_path, monkeypatch):
+    needs("sh")
+    monkeypatch.setitem(evaluate.LANGUAGES, "r", evaluate.Language(("no-such-Rscript",), "p", ""))
+    monkeypatch.setitem(evaluate.LANGUAGES, "sh", evaluate.LANGUAGES["sh"]._replace(
+        library=("shunit", "source /nowhere/shunit || exit 1")))
+    evaluate.interpreter_of.cache_clear()
+    with pytest.raises(BadInput, match="problems in r need the program no-such-Rscript, which is not on PATH; install it"):
+        evaluate.run_program("r", "")
+    plain_sh = evaluate.Problem("f", "n", "sh", "", "true", [])
+    evaluate.check_languages([plain_sh])
+    with pytest.raises(BadInput, match="problems in sh need bash's shunit, and .*bash cannot run it here .*shunit: No such"):
+        evaluate.check_languages([plain_sh, plain_sh._replace(tests=". shunit")])
+    evaluate.interpreter_of.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------ Table 1
+
+
+def train_here(runs, jobs):
+    """evaluate.train_all in this process, for speed."""
+    return {folder: train.train(train.parse_args([*flags, "--out", folder])) for folder, flags in runs.items()}
+
+
+def small_table(command, tiny_folder, out, *flags):
+    args = evaluate.parse_args([command, "--weights", str(tiny_folder), "--seeds", "0", "1", "--steps", "4",
+                                "--block-size", "32", "--eval-tokens", "500", "--out", str(out),
+                                "--png", str(out / "table.png"), *map(str, flags)])
+    args.run(args)
+    return json.loads((out / "table.json").read_text())
+
+
+def test_losses_tunes_each_method_and_tells_mean_and_spread_of_real_runs(tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "train_all", train_here)
+    result = small_table("losses", tiny_folder, tmp_path, "--languages", f"util={Path(HEADERS).parent}:.h",
+                         f"core={Path(HEADERS).parents[1] / 'core'}:.h", "--methods", "flora-r1", "ia3-c_attn")
+    for language in ("util", "core"):
+        for method in ("flora-r1", "ia3-c_attn"):
+            cell = result["table"][language][method]
+            tried = {float(lr): bits for lr, bits in result["sweep"][method].items()}
+            assert min(tried, key=tried.get) not in (min(tried), max(tried))   # the best rate has worse ones on both sides
+            logs = [json.loads((tmp_path / language / method / seed / "log.json").read_text()) for seed in "01"]
+            assert cell["seeds"] == [log["heldout_bpb_after"] for log in logs]
+            assert {log["lr"] for log in logs} == {min(tried, key=tried.get)}
+            assert cell["mean"] == pytest.approx(np.mean(cell["seeds"]))
+            assert cell["spread"] == pytest.approx(abs(cell["seeds"][0] - cell["seeds"][1]) / 2**0.5)
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert "| util | " in capsys.readouterr().out
+
+
+def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(tiny_folder, tmp_path, monkeypatch, capsys):
+    needs("sh")
+    monkeypatch.setattr(evaluate, "train_all", train_here)
+    flags = ("--languages", "sh", "--methods", "lora-r4", "--base-steps", "4", "--samples", "1", "--i-trust-the-code")
+    solve = {}
+
+    def solutions(model, tokenizer, adapter_id, todo, **settings):   # the adapter of seed 1 knows the first 12 of 48 by heart
+        for i, (problem, number) in enumerate(todo):
+            knows = adapter_id != BASE and solve["seed"] == 1 and i < 12
+            yield problem, number, problem.solution if knows else "", 1, None
+        solve["seed"] += adapter_id != BASE
+    monkeypatch.setattr(evaluate, "sample_completions", solutions)
+    solve["seed"] = 0
+    result = small_table("toys", tiny_folder, tmp_path, *flags)
+    assert result["table"]["sh"]["base"]["mean"] == 0 and result["base_in_python"] == 0
+    assert result["table"]["sh"]["lora-r4"]["seeds"] == [0, 0.25]
+    monkeypatch.setattr(evaluate, "sample_completions", lambda *args, **settings: pytest.fail("scores are kept"))
+    assert small_table("toys", tiny_folder, tmp_path, *flags)["table"] == result["table"]
+
+
+def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(tmp_path):
+    subprocess.run([sys.executable, HERE / "fixtures" / "make_problems.py", tmp_path], check=True)
+    names = None
+    for file in sorted(tmp_path.glob("*.jsonl")):
+        problems = evaluate.read_problems(file)
+        assert names in (None, [p.name for p in problems]) and len(problems) == 48
+        names = [p.name for p in problems]
+        trained_on = {text.read_text().split("\n")[1 if file.stem == "py" else 0] for text in (tmp_path / file.stem).iterdir()}
+        assert not trained_on & {p.prompt.split("\n")[1 if file.stem == "py" else 0] for p in problems}
+        needs(file.stem)
+        for problem in problems[::6]:
+            program = f"{problem.prompt}{problem.solution}\n{problem.tests}"
+            assert evaluate.run_program(file.stem, program).outcome == "passed"
+
+
+def test_trainings_run_apart_keep_what_is_done_and_tell_which_one_failed(tiny_folder, tmp_path):
+    flags = [f for f in tiny_flags(tiny_folder, "", "--adapter", "lora") if f]
+    flags = flags[:flags.index("--out")] + ["--adapter", "lora"]
+    folder = str(tmp_path / "run")
+    first = evaluate.train_all({folder: flags}, 1)[folder]
+    stamp = os.stat(tmp_path / "run" / "log.json").st_mtime_ns
+    assert evaluate.train_all({folder: flags}, 1)[folder] == first
+    assert os.stat(tmp_path / "run" / "log.json").st_mtime_ns == stamp
+    with pytest.raises(BadInput, match=r"log.json was made with --lr 0.001, not 0.5; choose another --out"):
+        evaluate.train_all({folder: [*flags, "--lr", "0.5"]}, 1)
+    with pytest.raises(BadInput, match="a training failed, see .*train.txt; its command: python train.py"):
+        evaluate.train_all({str(tmp_path / "bad"): [*flags, "--ext", ".nothing"]}, 1)
+    assert "at least 2 are needed" in (tmp_path / "bad" / "train.txt").read_text()

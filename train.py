@@ -2,6 +2,7 @@
 
   python train.py --adapter flora --rank 1                      the embedded base learns C++
   python train.py --adapter lora --rank 8 --weights starcoderbase-1b --data src/ --ext .lua
+  python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors    a LoRA's copy
   torchrun --nproc-per-node=4 train.py --adapter flora          data-parallel, same global batch
 
 Writes OUT/adapter.safetensors (none: a Hugging Face folder), OUT/log.json and OUT/checkpoint.pt.
@@ -34,7 +35,7 @@ from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_de
 
 # flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
 # measured better on the embedded one (README).
-LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "none": 2e-3}
+LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "ffba": 1e-3, "none": 2e-3}
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -98,7 +99,7 @@ def split(texts, share=0.05):
         raise BadInput(f"--data holds {len(texts)} distinct readable text files after deduplication; "
                        "at least 2 are needed, one of them held out (check the path and --ext)")
     texts = sorted(texts, key=lambda text: hashlib.sha1(text.encode()).digest())
-    n = max(1, round(share * len(texts)))
+    n = max(1, min(4, len(texts) // 5), round(share * len(texts)))   # of a few files, more than one
     return texts[n:], texts[:n]
 
 
@@ -169,6 +170,16 @@ def loss_of(model, x, y, adapter_ids):
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
+def distillation_loss(model, base_model, x, adapter_ids, teacher_ids):
+    """Mean over all positions of x of KL(teacher ‖ student) in nats: both are adapters of one model.
+
+    base_model: the same model for the teacher, outside of DDP and compilation. x [B, T] has no labels."""
+    with torch.no_grad():
+        teacher = base_model(x, teacher_ids).flatten(0, 1).float().log_softmax(-1)      # [B T, vocab]
+    student = model(x, adapter_ids).flatten(0, 1).float().log_softmax(-1)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
 @torch.no_grad()
 def heldout_loss(model, x, y, adapter_id, autocast, device):
     """Mean held-out loss in nats per token."""
@@ -198,8 +209,9 @@ def peak_memory(device):
 
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "data", "ext", "steps", "batch_size", "grad_accum",
-               "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head", "n_embd")
+RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext", "keep_duplicates", "steps",
+               "batch_size", "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head",
+               "n_embd", "quantize")
 
 
 def save_checkpoint(file, step, trained, optimizer, log, args):
@@ -227,7 +239,7 @@ def train(args):
     say = print if rank == 0 else lambda *_, **__: None
     if args.batch_size % world:
         raise BadInput(f"--batch-size {args.batch_size} is not a multiple of {world} processes")
-    if args.targets is None:
+    if args.targets is None and not args.from_lora:
         args.targets = [] if args.adapter == "none" else list(
             flora.DEFAULT_TARGETS[read_config(args.weights or EMBEDDED).model_type][args.adapter])
     part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
@@ -254,7 +266,7 @@ def train(args):
     # Data and model
     files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
     texts, skipped = read_texts(files)
-    distinct = drop_near_duplicates(texts)
+    distinct = texts if args.keep_duplicates else drop_near_duplicates(texts)
     train_texts, heldout_texts = split(distinct)
     say(f"data: {len(files):,} files, {skipped:,} skipped (empty, binary or not UTF-8), "
         f"{len(texts) - len(distinct):,} near-duplicates dropped; "
@@ -276,6 +288,8 @@ def train(args):
         if args.block_size > model.config.n_positions:
             raise BadInput(f"--block-size {args.block_size} is more than the model's context of "
                            f"{model.config.n_positions} (n_positions in {folder}/config.json)")
+    if args.quantize:
+        flora.quantize_int8(model)
     tokenizer = Tokenizer(folder)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.adapter == "none":
@@ -284,8 +298,17 @@ def train(args):
         groups = [dict(params=matrices, weight_decay=0.1),
                   dict(params=[p for p in trained.values() if p.dim() < 2], weight_decay=0.0)]
     else:
+        if args.from_lora:
+            teacher_id = flora.load_adapter(model, args.from_lora)
         model.requires_grad_(False)
-        adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha)
+        if args.from_lora:
+            tick = time.time()
+            adapter_id, fit_error = flora.flora_from_lora(model, teacher_id, args.rank)
+            fit_seconds = time.time() - tick
+            say(f"fitted to {args.from_lora} in {fit_seconds:.1f} s: relative error of the weights {fit_error:.4f}")
+        else:
+            adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
+                                           args.ffba_activation if args.adapter == "ffba" else None)
         trained = flora.adapter_parameters(model, adapter_id)
         # No decay: it would pull a multiplicative adapter to 0, and the identity is 1
         groups = [dict(params=list(trained.values()), weight_decay=0.0)]
@@ -296,7 +319,8 @@ def train(args):
         f"model's {total:,}")
 
     tokens_per_step = args.batch_size * args.grad_accum * args.block_size
-    tokens = np.concatenate(encode_texts(train_texts, tokenizer, args.steps * tokens_per_step))
+    budget = max(args.steps * tokens_per_step, args.block_size + 1)
+    tokens = np.concatenate(encode_texts(train_texts, tokenizer, budget))
     if len(tokens) <= args.block_size:
         raise BadInput(f"--data holds {len(tokens)} training tokens, fewer than --block-size "
                        f"{args.block_size}; give more files or a smaller block")
@@ -305,8 +329,8 @@ def train(args):
     say(f"{len(tokens):,} distinct training tokens; held-out: {held_tokens:,} tokens, {held_bytes:,} bytes")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
 
-    def evaluate():
-        return heldout_loss(model, x_held, y_held, adapter_id, autocast, device) if rank == 0 else 0.0
+    def evaluate(i=adapter_id):
+        return heldout_loss(model, x_held, y_held, i, autocast, device) if rank == 0 else 0.0
 
     def check_finite(name, value, step):
         if not math.isfinite(value):
@@ -331,6 +355,7 @@ def train(args):
     if args.compile:
         step_model = torch.compile(step_model)
     ids = None if adapter_id is None else torch.full((part.stop - part.start,), adapter_id, device=device)
+    teacher_ids = torch.full_like(ids, teacher_id) if args.from_lora else None
 
     # Training
     asked_to_stop, interrupted = torch.zeros(1), False
@@ -347,7 +372,8 @@ def train(args):
             last = micro == args.grad_accum - 1
             with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
                 with autocast:
-                    micro_loss = loss_of(step_model, x, y, ids) / args.grad_accum
+                    micro_loss = (distillation_loss(step_model, model, x, ids, teacher_ids) if args.from_lora
+                                  else loss_of(step_model, x, y, ids)) / args.grad_accum
                 micro_loss.backward()
             loss += micro_loss.detach()
         state = torch.cat([loss / world, asked_to_stop.to(device)])
@@ -391,7 +417,15 @@ def train(args):
         trainable_parameters=trainable, total_parameters=total,
         tokens_per_second=tokens_timed / seconds_timed if seconds_timed else None,
         seconds=log[-1]["seconds"], peak_memory_bytes=peak_memory(device),
-        device=args.device, dtype=args.dtype, torch=torch.__version__, log=log)
+        device=args.device, dtype=args.dtype, quantize=args.quantize, torch=torch.__version__, log=log)
+    if args.from_lora:
+        base, teacher = evaluate(flora.BASE), evaluate(teacher_id)
+        share = None if teacher >= base else (base - after) / (base - teacher)
+        targets = list(dict.fromkeys(a.target for a in flora.adapters_of(model, adapter_id).values()))
+        report |= dict(from_lora=args.from_lora, targets=targets, fit_error=fit_error, fit_seconds=fit_seconds,
+                       heldout_loss_base=base, heldout_loss_teacher=teacher, share_of_gain=share)
+        say(f"held-out loss of the base {base:.4f}, of the LoRA {teacher:.4f}; "
+            + ("the LoRA gains nothing" if share is None else f"{100 * share:.1f} % of its gain survives"))
     if rank == 0:
         if args.adapter == "none":
             model.save_pretrained(out, torch.float16)
@@ -402,6 +436,7 @@ def train(args):
             summary = {k: v for k, v in report.items() if k not in ("log", "adapter_file")}
             flora.save_adapter(model, adapter_id, file, summary)
             weights = f"--weights {shlex.quote(args.weights)} " if args.weights else ""
+            weights += f"--quantize {args.quantize} " if args.quantize else ""
             hint = f"{weights}--adapter {shlex.quote(file)}"
         for file in {str(out / "log.json"), args.json} - {None}:
             write_json(file, report)
@@ -426,7 +461,7 @@ def plot(json_files, png):
         run = read_json(file)
         if "log" not in run:
             raise BadInput(f"--plot {file}: not a --json report of train.py")
-        label = run["adapter"] + (f" rank {run['rank']}" if run["adapter"] in ("flora", "lora") else "")
+        label = run["adapter"] + (f" rank {run['rank']}" if run["adapter"] in ("flora", "lora", "ffba") else "")
         axes.plot([p["step"] for p in run["log"]], [p["heldout_loss"] for p in run["log"]], "o-",
                   ms=3, label=f"{label}, {run['trainable_parameters']:,} parameters")
     axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
@@ -440,15 +475,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--adapter", choices=["flora", "lora", "ia3", "none"], default="flora", help="none trains the base model")
+    add("--adapter", choices=[*flora.KINDS, "none"], default="flora", help="none trains the base model")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, or all "
         "(default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj gate_proj up_proj "
-        "down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj)")
-    add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
+        "down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj). ffba: attn mlp, or all (default)")
+    add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
+    add("--ffba-activation", choices=["identity", "block"], default="identity",
+        help="between FFBA's halves: nothing, or the block's activation")
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
+    add("--keep-duplicates", action="store_true", help="train on near-duplicates too: for texts made by a program")
+    add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this LoRA, and train "
+        "towards its predictions on --data (no labels); --steps 0 is the fit alone")
     add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
@@ -465,20 +505,27 @@ def parse_args(argv=None):
     add("--vocab-size", type=int, default=4096)
     add("--compile", action="store_true", help="torch.compile")
     add("--gradient-checkpointing", action="store_true")
-    add("--out", help="folder (default: out/ADAPTER-rRANK)")
+    add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora out/flora-rRANK-from-lora)")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--plot", nargs="+", metavar="JSON", help="no training: draw these runs' held-out losses into --out PNG")
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
     parser.set_defaults(weights=None)  # none without --weights starts from scratch
     args = parser.parse_args(argv)
     for flag in ("rank", "steps", "batch_size", "grad_accum", "block_size", "eval_tokens"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least 1")
+        least = 0 if flag == "steps" and args.from_lora else 1
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least {least}")
+    if args.quantize and args.adapter == "none":
+        parser.error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
+    if args.from_lora and args.adapter != "flora":
+        parser.error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
+    if args.from_lora and args.targets:
+        parser.error("--from-lora takes the LoRA's targets; leave out --targets")
     args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    rank = f"-r{args.rank}" if args.adapter in ("flora", "lora") else ""
-    args.out = args.out or f"out/{args.adapter}{rank}"
+    rank = f"-r{args.rank}" if args.adapter in ("flora", "lora", "ffba") else ""
+    args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
     return args
 
 
