@@ -82,7 +82,7 @@ PRESETS = {
     # Both families at 27 M parameters, to compare them on a CPU (bench.py)
     "starcoder-cpu": GPTConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_inner=2048),
     "llama-cpu": llama_config(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_kv_head=8,
-                              n_inner=1184, tie_word_embeddings=True),
+                              n_inner=1152, tie_word_embeddings=True),
 }
 
 
@@ -159,8 +159,8 @@ class Attention(nn.Module):
             q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
         else:
             q, hidden = self.q_proj.with_hidden(x, adapter_ids, self.activation)
-            k, v = self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)
-            q, k, v = (y.view(B, T, -1, self.head_dim) for y in (q, k, v))
+            q, k, v = (y.view(B, T, -1, self.head_dim)
+                       for y in (q, self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)))
             q, kv = rotate(q, *rope), torch.stack([rotate(k, *rope), v], dim=2)
         if index is None:      # prefill: the cache is empty, attend among the new tokens
             kv = kv.permute(2, 0, 3, 1, 4)                                    # [2, B, K, T, D]
@@ -239,7 +239,8 @@ class GPT(nn.Module):
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:  # the norms' gains stay ones; residual projections start smaller, as in GPT-2
-                depth = 2 * config.n_layer if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")) else 1
+                last = name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
+                depth = 2 * config.n_layer if last else 1
                 nn.init.normal_(p, std=config.initializer_range / depth**0.5)
 
     @property

@@ -864,7 +864,8 @@ def llama_sentencepiece(tmp_path_factory):
 @pytest.mark.parametrize("text", [
     "def add(self, other):\n    return self.items[10] + other\n",
     "\tif x:\r\n\t\ty  =  2024   \n\n   \n", " leading", "  two", "trailing \t ", "", " ",
-    "s = 'Grüße, 世界 🎉 e\u0301 \u00a0'", "<fim_prefix>a<|endoftext|> b", "\x00\x7f\u2581", "\u2581 a\u2581\u2581b",
+    "s = 'Grüße, 世界 🎉 e\u0301 \u00a0'", "<fim_prefix>a<|endoftext|> b", "\x00\x7f\u2581",
+    "\u2581 a\u2581\u2581b",
 ])
 @pytest.mark.parametrize("kind", ["tiny", "tiny_llama", "tiny_llama3", "sentencepiece"])
 def test_tokenizers_round_trip_a_text_whole_and_as_what_follows_another(kind, text, llama_sentencepiece):
