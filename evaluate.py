@@ -594,7 +594,7 @@ HERE = Path(__file__).resolve().parent
 METHODS = {  # command: {name in its table, beginning with the adapter's kind: flags of train.py}
     "losses": {"flora-r1": "--adapter flora --rank 1", "flora-r4": "--adapter flora --rank 4",
                "lora-r1": "--adapter lora --rank 1", "lora-r4": "--adapter lora --rank 4",
-               "ia3": "--adapter ia3", "ia3-c_attn": "--adapter ia3 --targets c_attn"},
+               "ia3": "--adapter ia3", "ia3-c_attn": "--adapter ia3 --targets c_attn", "ffba-r2": "--adapter ffba --rank 2"},
     "toys": {"flora-r4": "--adapter flora --rank 4 --targets all", "lora-r4": "--adapter lora --rank 4 --targets all",
              "ia3": "--adapter ia3 --targets all"},
 }
