@@ -594,7 +594,8 @@ HERE = Path(__file__).resolve().parent
 METHODS = {  # command: {name in its table, beginning with the adapter's kind: flags of train.py}
     "losses": {"flora-r1": "--adapter flora --rank 1", "flora-r4": "--adapter flora --rank 4",
                "lora-r1": "--adapter lora --rank 1", "lora-r4": "--adapter lora --rank 4",
-               "ia3": "--adapter ia3", "ia3-c_attn": "--adapter ia3 --targets c_attn", "ffba-r2": "--adapter ffba --rank 2"},
+               "ia3": "--adapter ia3", "ia3-c_attn": "--adapter ia3 --targets c_attn",
+               "ffba-r2": "--adapter ffba --rank 2"},
     "toys": {"flora-r4": "--adapter flora --rank 4 --targets all", "lora-r4": "--adapter lora --rank 4 --targets all",
              "ia3": "--adapter ia3 --targets all"},
 }
@@ -658,8 +659,6 @@ def train_all(runs, jobs):
     return logs
 
 
-
-
 def tune(args, data):
     """Choose each method's learning rate by held-out loss on `data`: from train.py's default up by factors of two
     to 8, and on in either direction while the last one tried is the best. Prints the sweep.
@@ -715,8 +714,9 @@ def over_seeds(values, **more):
 def finish(args, table, sweep, **more):
     """Write a table and its sweep as JSON."""
     settings = {key: getattr(args, key) for key in ("seeds", "steps", "batch_size", "block_size", "dtype", "weights")}
-    write_json(args.json or f"{args.out}/table.json", dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more))
-    print(f"\nwrote {args.json or f'{args.out}/table.json'} and {args.png}")
+    file = args.json or f"{args.out}/table.json"
+    write_json(file, dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more))
+    print(f"\nwrote {file} and {args.png}")
 
 
 def losses(args):
@@ -741,8 +741,9 @@ def toys(args):
     """
     require_consent(args)
     problems, base = f"{args.out}/problems", f"{args.out}/base"
-    if not os.path.exists(f"{problems}/py.jsonl"):
-        subprocess.run([sys.executable, HERE / "fixtures" / "make_problems.py", problems], check=True)
+    if not os.path.exists(problems):
+        subprocess.run([sys.executable, HERE / "fixtures" / "make_problems.py", f"{problems}.tmp"], check=True)
+        os.replace(f"{problems}.tmp", problems)
     held_out = {language: read_problems(f"{problems}/{language}.jsonl") for language in ("py", *args.languages)}
     data = {language: ["--data", f"{problems}/{language}", "--keep-duplicates"] for language in held_out}
     train_all({base: ["--adapter", "none", "--weights", args.weights, *data.pop("py"), "--lr", "1e-3", "--steps",
@@ -752,6 +753,7 @@ def toys(args):
     logs, sweep = train_table(args, data)
 
     model, tokenizer = load_model(args)
+
     def score(problems, adapter, file):
         if not os.path.exists(file):
             adapter_id = load_adapters(model, [adapter])[adapter]
