@@ -40,7 +40,7 @@ from tqdm import tqdm
 import flora
 from flora import BadInput
 from generate import Engine
-from model import GPT, PRESETS, Tokenizer, add_common_flags, get_device, read_json, run_main, write_json
+from model import GPT, PRESETS, Tokenizer, add_common_flags, get_device, read_json, run_main, save_figure, write_json
 
 ROWS = {  # name for --rows: (kind of adapter, path of AdapterLinear, what it is)
     "base": (None, None, "base model, no adapters"),
@@ -478,13 +478,6 @@ def draw(file, result):
     figure.suptitle(f"{result['model']['name']}, {result['dtype']}, {result['machine']['gpu'] or result['machine']['cpu']}, "
                     f"{result['workload']['slots']} slots", fontsize=9)
     save_figure(figure, file)
-
-
-def save_figure(figure, file):
-    figure.tight_layout()
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    figure.savefig(f"{file}.tmp", format="png", dpi=130)
-    os.replace(f"{file}.tmp", file)
 
 
 def draw_together(files, png):

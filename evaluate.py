@@ -54,8 +54,8 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput
-from generate import Engine, cut_at_stop, load_adapters, load_model, read_jsonl, read_results, rewrite_results
-from model import add_common_flags, read_json, run_main, write_json
+from generate import Engine, cut_at_stop, load_adapters, load_model, new_text, read_jsonl, read_results, rewrite_results
+from model import add_common_flags, read_json, run_main, save_figure, write_json
 from train import LEARNING_RATE
 from train import parse_args as train_args
 
@@ -394,7 +394,7 @@ def sample_completions(model, tokenizer, adapter_id, todo, max_new_tokens=512, t
         for request, _ in engine.step():
             if request.state in ("done", "failed"):
                 problem, number = asked.pop(request)
-                text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id], continues=True)
+                text = new_text(tokenizer, request.ids)
                 yield problem, number, cut_at_stop(text, problem.stops), len(request.ids), request.error
 
 
@@ -762,7 +762,7 @@ def toys(args):
             if adapter_id:
                 flora.remove_adapter(model, adapter_id)
             write_json(file, dict(counts=counts))
-        return float(np.mean([pass_at_k(args.samples, c.get("passed", 0), 1) for c in read_json(file)["counts"]]))
+        return summary(problems, list(map(Counter, read_json(file)["counts"])), [1])[0]["pass@1"]
 
     table, bar = {}, tqdm(total=len(data) * len(next(iter(logs.values()))) * len(args.seeds), unit="adapter")
     in_python = score(held_out["py"], "none", f"{base}/pass.json")
@@ -808,10 +808,7 @@ def draw(file, table, title, height):
     axis.set_xticks(range(len(table)), list(table))
     axis.set(ylabel=title)
     axis.legend(fontsize=8)
-    figure.tight_layout()
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    figure.savefig(f"{file}.tmp", format="png", dpi=130)
-    os.replace(f"{file}.tmp", file)
+    save_figure(figure, file)
 
 
 # ------------------------------------------------------------------------------------------------ main

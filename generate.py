@@ -403,6 +403,11 @@ class Printer:
                 print(f"[{row + 1}] {line}", flush=True)
 
 
+def new_text(tokenizer, ids):
+    """The text of a request's new ids, without the end of text."""
+    return tokenizer.decode([i for i in ids if i != tokenizer.eos_id], continues=True)
+
+
 def cut_at_stop(text, stops):
     """text up to the first of the strings `stops`."""
     return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
@@ -521,7 +526,7 @@ def serve(args, model, tokenizer):
             for request, _ in engine.step():
                 if request.state in ("done", "failed"):
                     r = requests[lines[request]]
-                    text = tokenizer.decode([i for i in request.ids if i != tokenizer.eos_id], continues=True)
+                    text = new_text(tokenizer, request.ids)
                     f.write(json.dumps(r | dict(line=lines[request], tokens=request.ids, error=request.error,
                                                 text=cut_at_stop(text, r["stop"]))) + "\n")
                     f.flush()
@@ -641,7 +646,7 @@ def main():
                                 args.top_p, args.seed, tokenizer.eos_id, stopped if args.stop else None):
         for row, token in fresh.items():
             new[row].append(token)
-            texts[row] = tokenizer.decode([i for i in new[row] if i != tokenizer.eos_id], continues=True)
+            texts[row] = new_text(tokenizer, new[row])
             certain = texts[row].rstrip("\ufffd")  # a character whose bytes have not all come yet
             printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
     seconds, count = time.time() - start, sum(map(len, new))

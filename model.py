@@ -616,6 +616,14 @@ def get_device(name):
     return torch.device(name)
 
 
+def save_figure(figure, file, dpi=130):
+    """Write a matplotlib figure as PNG whole: under a temporary name, then renamed."""
+    figure.tight_layout()
+    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+    figure.savefig(f"{file}.tmp", format="png", dpi=dpi)
+    os.replace(f"{file}.tmp", file)
+
+
 def run_main(main):
     """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130."""
     try:

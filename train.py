@@ -31,7 +31,7 @@ from tqdm import tqdm
 import flora
 from flora import BadInput
 from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, read_config, read_json,
-                   run_main, write_json)
+                   run_main, save_figure, write_json)
 
 # flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
 # measured better on the embedded one (README).
@@ -466,9 +466,7 @@ def plot(json_files, png):
                   ms=3, label=f"{label}, {run['trainable_parameters']:,} parameters")
     axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(f"{png}.tmp", format="png", dpi=150)
-    os.replace(f"{png}.tmp", png)
+    save_figure(figure, png, dpi=150)
 
 
 def parse_args(argv=None):
