@@ -256,14 +256,16 @@ class Engine:
         """The next token of every running request, int64 [n]."""
         if not self.sampling:
             return self.logits.argmax(-1)
-        row = {name: column[:len(self.running)] for name, column in self.table.items()}
-        u = row["u"].gather(1, row["position"][:, None])[:, 0]                # [n]
-        return sample(self.logits, row["temperature"], row["top_k"], row["top_p"], u)
+        u, position, temperature, top_k, top_p = (
+            self.table[name][:len(self.running)]
+            for name in ("u", "position", "temperature", "top_k", "top_p"))
+        u = u.gather(1, position[:, None])[:, 0]                              # [n]
+        return sample(self.logits, temperature, top_k, top_p, u)
 
     def decode(self):
         """Run the model on the last token of every running request -> self.logits [n, vocab]."""
         n, length = len(self.running), self.offset + self.steps
-        token, position = (self.table[name][:n, None] for name in ("token", "position"))
+        token, position = self.table["token"][:n, None], self.table["position"][:n, None]
         kv_cache = self.kv_cache[:, :, :n, :, :length]
         self.logits = self.model(token, self.adapters, kv_cache, position)[:, 0]
         self.table["position"][:n] += 1
