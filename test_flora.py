@@ -796,37 +796,49 @@ def run_script(main, argv, monkeypatch):
 
 @pytest.fixture(scope="session")
 def embedded_adapters(tmp_path_factory):
-    """Adapters of the embedded base model, far from it: {name: file}, none included."""
-    folder, model = tmp_path_factory.mktemp("adapters"), GPT.from_pretrained(EMBEDDED)
+    """Adapters of the embedded base model, far from it: {name: file}, and none."""
+    return save_embedded_adapters(tmp_path_factory.mktemp("adapters"), [
+        ("flora1", "flora", 1, 0.4), ("flora4", "flora", 4, 0.4), ("lora8", "lora", 8, 0.1),
+        ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5)])
+
+
+def save_embedded_adapters(folder, adapters):
+    """Save (name, kind, rank, distance from the base) adapters of the embedded model -> {name: file}."""
+    model, files = GPT.from_pretrained(EMBEDDED), {"none": "none"}
     torch.manual_seed(0)
-    files = {"none": "none"}
-    for name, kind, rank, size in [("flora1", "flora", 1, 0.4), ("flora4", "flora", 4, 0.4), ("lora8", "lora", 8, 0.1),
-                                   ("ia3", "ia3", 1, 0.5), ("other", "flora", 1, 0.5), ("ffba8", "ffba", 8, 0.1),
-                                   ("ffba2", "ffba", 2, 0.1)]:
+    for name, kind, rank, size in adapters:
         files[name] = str(folder / f"{name}.safetensors")
         flora.save_adapter(model, random_adapter(model, kind, rank, size=size), files[name])
     return files
 
 
-@pytest.mark.parametrize("names", [["flora1", "other"], ["ffba8", "none", "ffba2"],
-                                   ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
-def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_alone(
-        names, embedded_adapters, tmp_path, monkeypatch):
-    """The whole command line, on the embedded model: six rows mix FLoRA ranks 1 and 4, LoRA, IA3, none."""
-    prompts = ["def fibonacci(n):", "import os\n\nclass A(object):\n    def", "#include", "for i in", "x = [", "    return"]
-    pairs = list(zip(prompts, [embedded_adapters[name] for name in names]))
+def check_prompts_in_one_batch(adapters, folder, monkeypatch):
+    """The command on the embedded model, one prompt per adapter file: together as each alone."""
+    prompts = ["def fibonacci(n):", "import os\n\nclass A(object):\n    def", "#include",
+               "for i in", "x = [", "    return"]
+    pairs = list(zip(prompts, adapters))
 
     def tokens(pairs):
-        argv = ["generate.py", "--max-new-tokens", 24, "--json", tmp_path / "out.json"]
+        argv = ["generate.py", "--max-new-tokens", 24, "--json", folder / "out.json"]
         for prompt, adapter in pairs:
             argv += ["--prompt", prompt, "--adapter", adapter]
         run_script(generate.main, argv, monkeypatch)
-        return [row["tokens"] for row in json.loads((tmp_path / "out.json").read_text())]
+        return [row["tokens"] for row in json.loads((folder / "out.json").read_text())]
 
     together = tokens(pairs)
     assert together == [tokens([pair])[0] for pair in pairs]
     base = tokens([(prompt, "none") for prompt, _ in pairs])
-    assert all((a != b) == (pair[1] != "none") for a, b, pair in zip(together, base, pairs))
+    for own, base_tokens, adapter in zip(together, base, adapters):
+        assert (own != base_tokens) == (adapter != "none")
+
+
+@pytest.mark.parametrize("names", [
+    ["flora1", "other"], ["flora1", "flora4", "lora8", "ia3", "none", "other"]])
+def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_alone(
+        names, embedded_adapters, tmp_path, monkeypatch):
+    """Six rows mix FLoRA ranks 1 and 4, LoRA, IA3, none."""
+    files = [embedded_adapters[name] for name in names]
+    check_prompts_in_one_batch(files, tmp_path, monkeypatch)
 
 
 def test_generate_reads_files_and_standard_input_and_stops_where_told(tiny_folder, tmp_path, monkeypatch, capsys):
@@ -1006,13 +1018,18 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
     assert json.loads((tmp_path / "o.json").read_text())[0]["tokens"] == alone[0]
 
 
-# ------------------------------------------------------------------------- serving, and the benchmark
+# ----------------------------------------------------------------------------------------- serving
 
 
-def served_kinds(family):
-    return [("flora", 1, None), ("lora", 2, None), ("ia3", 1, None),
-            ("flora", 3, ["c_attn.qk"] if family == "gpt_bigcode" else ["q_proj", "k_proj"]),
-            ("lora", 1, ["all"]), ("flora", 2, ["all"]), ("ffba", 2, None)]
+@pytest.fixture(scope="module", params=["gpt_bigcode"])
+def family(request):
+    """The model family of a test; extras/tests overrides it."""
+    return request.param
+
+
+SERVED = {"gpt_bigcode": [   # kind, rank, targets of the adapters that served_model has by default
+    ("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
+    ("lora", 1, ["all"]), ("flora", 2, ["all"])]}
 
 
 def trained(model, adapter_id, seed=0):
@@ -1025,8 +1042,8 @@ def trained(model, adapter_id, seed=0):
 
 def served_model(kinds=None, family="gpt_bigcode"):
     torch.manual_seed(0)
-    model = GPT(replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128, head_dim=16))
-    for kind, rank, targets in served_kinds(family) if kinds is None else kinds:
+    model = GPT(replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128))
+    for kind, rank, targets in SERVED[family] if kinds is None else kinds:
         trained(model, flora.add_adapter(model, kind, rank, targets))
     return model
 
@@ -1061,15 +1078,16 @@ def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, to
     return ids[len(prompt):]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request):
-    return served_model(family=request.param)
+@pytest.fixture(scope="module")
+def model(family):
+    return served_model(family=family)
 
 
 @pytest.fixture(scope="module")
 def expected(model):
     """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
-    requests, alone = served_requests(40, 6), []
+    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
+    requests, alone = served_requests(40, adapters), []
     for i, (prompt, settings) in enumerate(requests):
         ids = plain(model, prompt, **settings)
         if i % 2:
@@ -1079,25 +1097,31 @@ def expected(model):
     return requests, alone
 
 
-@pytest.mark.parametrize("setting", [
-    dict(slots=5), dict(slots=1), dict(slots=64), dict(slots=5, continuous=False),
-    dict(slots=5, max_batched_tokens=30), dict(slots=5, sync_every=4, every=3), dict(slots=5, all_slots=True)],
-    ids=str)
-def test_each_request_returns_what_it_returns_alone(model, expected, setting):
-    """Whatever the slots, the budget, the arrivals (two before every step, or two every third), and
-    the steps between two reads of the tokens; in continuous and in static batching."""
+def check_served(engine, expected, every=1):
+    """Two requests arrive before every `every`-th step, and each returns what it returns alone."""
     requests, alone = expected
-    engine = Engine(model, **{k: v for k, v in setting.items() if k not in ("all_slots", "every")})
-    engine.fixed_shapes |= setting.get("all_slots", False)  # as for CUDA graphs
     submitted, arrivals, steps = [], iter(requests), 0
     while engine.busy or len(submitted) < len(requests):
-        if steps % setting.get("every", 1) == 0:
-            submitted += [engine.submit(prompt, **settings) for _, (prompt, settings) in zip(range(2), arrivals)]
+        if steps % every == 0:
+            for _, (prompt, settings) in zip(range(2), arrivals):
+                submitted.append(engine.submit(prompt, **settings))
         steps += 1
         engine.step()
         assert len(engine.running) <= engine.slots
     assert [r.ids for r in submitted] == alone
     assert all(r.state == "done" for r in submitted)
+
+
+@pytest.mark.parametrize("setting", [
+    dict(slots=5), dict(slots=1), dict(slots=64), dict(slots=5, continuous=False),
+    dict(slots=5, max_batched_tokens=30)], ids=str)
+def test_each_request_returns_what_it_returns_alone(model, expected, setting):
+    """Whatever the slots and the budget, in continuous and in static batching."""
+    check_served(Engine(model, **setting), expected)
+
+
+def test_requests_are_the_same_with_the_tokens_read_every_fourth_step(model, expected):
+    check_served(Engine(model, slots=5, sync_every=4), expected, every=3)
 
 
 def test_thousand_requests_in_thousand_results_out_each_reported_once_in_order_of_arrival():
@@ -1149,39 +1173,6 @@ def test_a_request_ends_at_the_end_of_the_context(model):
     assert (full.state, full.ids, almost.state, len(almost.ids)) == ("done", [], "done", 2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_come_and_go_between_steps(family, tmp_path):
-    """Loaded and evicted while others run, in place where they fit, and ids are used again."""
-    model, donor = served_model(family=family), served_model(family=family)
-    files = {}
-    for kind, rank, targets in [("flora", 2, None), ("lora", 1, ["all"]), ("flora", 9, None)]:
-        i = trained(donor, flora.add_adapter(donor, kind, rank, targets), seed=5)
-        files[kind, rank] = str(tmp_path / f"{kind}{rank}.safetensors")
-        flora.save_adapter(donor, i, files[kind, rank])
-    engine = Engine(model, slots=4)
-    long = engine.submit([1, 2, 3], adapter_id=2, max_new_tokens=30)
-    alone = plain(model, [1, 2, 3], 2, 30)
-    engine.step()
-    with pytest.raises(BadInput, match="adapter 2 is in use by a request"):
-        engine.remove_adapter(2)
-    layer = bench.benched_layer(model)
-    for evicted, file, in_place in [(3, ("flora", 2), True), (1, ("lora", 1), True), (4, ("flora", 9), False)]:
-        engine.remove_adapter(evicted)
-        before = layer.frozen_bank.scale_A.data_ptr()
-        assert engine.submit([5], adapter_id=evicted).error
-        adapter_id = engine.load_adapter(files[file])
-        assert adapter_id == evicted
-        assert (layer.frozen_bank.scale_A.data_ptr() == before) == in_place
-        request = engine.submit([7, 8], adapter_id=adapter_id, max_new_tokens=4)
-        while request.state != "done":
-            engine.step()
-        reference = served_model([], family)
-        flora.load_adapter(reference, files[file])
-        assert request.ids == plain(reference, [7, 8], 1, 4)
-    engine.run()
-    assert long.ids == alone
-
-
 def test_generate_equals_the_plain_loop(model, expected):
     requests, _ = expected
     prompts, adapter_ids = [p for p, _ in requests[:9]], [s["adapter_id"] for _, s in requests[:9]]
@@ -1191,9 +1182,8 @@ def test_generate_equals_the_plain_loop(model, expected):
                    for row, (p, a) in enumerate(zip(prompts, adapter_ids))]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
-    """Packed copies of the weights follow them, and never stand where a gradient is wanted."""
+    """Packed copies of the weights (extras/packed.py) follow them, and a gradient never meets one."""
     model, prompt = served_model([("flora", 2, None)], family), [3, 1, 4]
     for _ in range(2):
         expected = plain(served_copy(model), prompt, 1, max_new_tokens=8)
@@ -1241,58 +1231,6 @@ def script(name, *args, cwd=None):
 def write_jsonl(file, lines):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
-
-
-def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
-    """The embedded model: results equal generate()'s, a too long one fails alone, done work is kept."""
-    model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
-    adapter = str(tmp_path / "a.safetensors")
-    flora.save_adapter(model, trained(model, flora.add_adapter(model, "flora", 2)), adapter)
-    lines = [dict(prompt="def f(x):", max_new_tokens=5), dict(prompt="import ", adapter=adapter),
-             dict(prompt="x " * 600), dict(prompt="class A", adapter=adapter, stop=["e"], temperature=0.5, seed=7)]
-    requests, results = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
-    command = ["--requests", requests, "--results", results, "--max-new-tokens", 9, "--slots", 2]
-    run = script("generate.py", *command)
-    assert run.returncode == 0 and "4 requests, 1 failed" in run.stderr, run.stderr
-    got = {r["line"]: r for r in map(json.loads, results.read_text().splitlines())}
-    assert sorted(got) == [1, 2, 3, 4] and "shorten it" in got[3]["error"] and got[3]["tokens"] == []
-    for line, i, settings in [(1, BASE, dict(max_new_tokens=5)), (2, 1, dict(max_new_tokens=9))]:
-        ids = generate.generate(model, [tokenizer.encode(lines[line - 1]["prompt"])], [i],
-                                eos_id=tokenizer.eos_id, **settings)[0]
-        assert got[line]["tokens"] == ids and got[line]["error"] is None
-        assert got[line]["text"] == tokenizer.decode(ids)
-    assert "e" not in got[4]["text"] and got[4]["seed"] == 7
-
-    whole = results.read_text().splitlines(keepends=True)
-    results.write_text("".join(whole[:2]) + whole[2][:20])  # killed in the middle of a line
-    run = script("generate.py", *command)
-    assert run.returncode == 0 and "2 requests, " in run.stderr, run.stderr
-    again = results.read_text().splitlines(keepends=True)
-    assert again[:2] == whole[:2] and sorted(again) == sorted(whole)
-    write_jsonl(requests, [dict(prompt="another")] + lines[1:])
-    run = script("generate.py", *command)
-    assert run.returncode == 2 and "line 1 of the requests was another one then; move the file" in run.stderr
-
-
-def test_requests_that_make_no_sense_are_refused_in_a_sentence(tmp_path):
-    file = tmp_path / "in.jsonl"
-    for text, sentence in [
-            ("{", "not readable as JSONL .line 1: "), ("", "holds no request"), ("[1]", 'line 1: needs a JSON object'),
-            ('{"prompt": "a"}\n{"prompt": "b", "top": 1}', "line 2: unknown key 'top'; use prompt, adapter"),
-            ('{"prompt": "a", "max_new_tokens": "9"}', "max_new_tokens is '9', which is no whole number"),
-            ('{"prompt": "a", "temperature": true}', "temperature is True, which is no number"),
-            ('{"prompt": "a", "stop": "x"}', "stop is 'x', which is no list of texts"),
-            ('{"prompt": "a", "stop": [""]}', "which is no list of texts")]:
-        file.write_text(text)
-        with pytest.raises(BadInput, match=sentence):
-            generate.read_requests(str(file), {})
-    with pytest.raises(BadInput, match="nothing.jsonl: not readable"):
-        generate.read_requests(str(tmp_path / "nothing.jsonl"), {})
-    for flags in (["--requests", file], ["--requests", file, "--results", file, "--prompt", "x"],
-                  ["--requests", file, "--results", file, "--slots", "0"]):
-        with pytest.raises(SystemExit) as exit:
-            generate.parse_args(list(map(str, flags)))
-        assert exit.value.code == 2
 
 
 ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_second", "ratio_to_base",

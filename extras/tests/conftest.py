@@ -1,12 +1,13 @@
 """What the tests of the extras share: the core's fixtures, and the families and kinds of extras/."""
 import pytest
 
-from extras.llama import LlamaConfig
-from model import GPT, Tokenizer
-from test_flora import (ALL, CONFIGS, FIXTURES, MIXED, adapter, embedded_adapters, family, golden, kind, mixed,
-                        name, tiny, tiny_folder)
+pytest.register_assert_rewrite("test_flora")
 
-__all__ = ["adapter", "embedded_adapters", "family", "golden", "kind", "mixed", "name", "tiny", "tiny_folder"]
+from extras.llama import LlamaConfig  # noqa: E402
+from model import GPT, Tokenizer  # noqa: E402
+from test_flora import (  # noqa: E402, F401
+    ALL, CONFIGS, FIXTURES, MIXED, adapter, embedded_adapters, expected, family, golden, kind, mixed, model,
+    name, tiny, tiny_folder)
 
 CONFIGS["llama"] = LlamaConfig(
     vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_kv_head=2, bos_token_id=0,
