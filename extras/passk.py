@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from extras import sandbox
 from extras.languages import ALIASES, LANGUAGES, OUTCOMES, Outcome, interpreter_of, run_program
+from extras.requests import read_jsonl, read_results, rewrite_results
 from flora import BadInput
-from generate import (Engine, cut_at_stop, load_adapters, load_model, new_text, read_jsonl,
-                      read_results, rewrite_results)
+from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
 from model import add_common_flags, run_main, write_json
 
 HUMANEVAL_KEYS = ("task_id", "prompt", "test", "entry_point")
@@ -132,7 +132,7 @@ def sample_completions(model, tokenizer, adapter_id, todo, max_new_tokens=512, t
 
     Yields Completions as they end. The randomness of each depends on seed, problem and number only.
     """
-    engine = Engine(model, min(slots, max(1, len(todo))))
+    engine = new_engine(model, min(slots, max(1, len(todo))))
     todo, asked = iter(todo), {}
     settings = dict(adapter_id=adapter_id, max_new_tokens=max_new_tokens, temperature=temperature,
                     top_p=top_p)

@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from flora import BadInput
 from model import add_common_flags, read_json, run_main, save_figure, write_json
-from train import LEARNING_RATE
 from train import parse_args as train_args
 
 TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
-METHODS = {  # name in the table, beginning with the adapter's kind: flags of train.py
+METHODS = {  # name in the table: flags of train.py
     "flora-r1": "--adapter flora --rank 1",
     "flora-r4": "--adapter flora --rank 4",
     "lora-r1": "--adapter lora --rank 1",
@@ -116,7 +115,7 @@ def tune(args, data):
     """
     sweep, wanted = {method: {} for method in args.methods}, {}
     for method in args.methods:
-        default = LEARNING_RATE[method.split("-")[0]]
+        default = train_args(args.methods[method].split()).lr
         wanted[method] = [default, 2 * default, 4 * default, 8 * default]
     while any(wanted.values()):
         folders = {(method, rate): f"{args.out}/tune/{method}/{rate:g}"
@@ -264,14 +263,14 @@ def finish(args, table, sweep, **more):
 # ------------------------------------------------------------------------------------- the command
 
 
-def new_parser(description, name, languages, methods, steps):
+def new_parser(description, name, languages, methods, steps, more_languages=""):
     """The flags that table1 and toys share."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--languages", nargs="+", default=languages, metavar="LANGUAGE",
         help=f"default: {' '.join(languages)}; learning rates are chosen on the first"
-        + ("; NAME=FOLDER:.EXT adds code of your own" if name == "losses" else ""))
+        + more_languages)
     add("--methods", nargs="+", choices=list(methods), default=list(methods))
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=steps)
@@ -299,7 +298,9 @@ def parse(parser, methods, argv):
 
 
 def parse_args(argv=None):
-    return parse(new_parser(__doc__, "losses", list(CORPORA), METHODS, steps=150), METHODS, argv)
+    parser = new_parser(__doc__, "losses", list(CORPORA), METHODS, steps=150,
+                        more_languages="; NAME=FOLDER:.EXT adds code of your own")
+    return parse(parser, METHODS, argv)
 
 
 def main():

@@ -21,7 +21,7 @@ from extras.passk import (add_consent_flag, check_languages, evaluate_problems, 
 from generate import load_adapters, load_model
 from model import read_json, run_main, write_json
 
-METHODS = {  # name in the table, beginning with the adapter's kind: flags of train.py
+METHODS = {  # name in the table: flags of train.py
     "flora-r4": "--adapter flora --rank 4 --targets all",
     "lora-r4": "--adapter lora --rank 4 --targets all",
     "ia3": "--adapter ia3 --targets all",
