@@ -1020,12 +1020,6 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 # ----------------------------------------------------------------------------------------- serving
 
 
-@pytest.fixture(scope="module", params=["gpt_bigcode"])
-def family(request):
-    """The model family of a test; extras/tests overrides it."""
-    return request.param
-
-
 SERVED = {"gpt_bigcode": [   # kind, rank, targets of the adapters that served_model has by default
     ("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
     ("lora", 1, ["all"]), ("flora", 2, ["all"])]}
