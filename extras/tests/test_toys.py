@@ -1,4 +1,4 @@
-"""extras/toys.py and extras/toy_problems.py: problems split by task, adapters scored by execution."""
+"""extras/toys.py and toy_problems.py: problems split by task, adapters scored by execution."""
 import subprocess
 import sys
 
