@@ -372,30 +372,6 @@ def test_fused_ffba_launches_the_number_of_matmuls_of_the_base_model(T):
     assert count(flora.gather(model, adapter_ids)) == count(None) == base
 
 
-def test_ffba_adapters_come_and_go_in_place_while_others_run(tmp_path):
-    """What fits the columns of the fused weights is written there, for packed copies too."""
-    served, donor = ffba_model(), tiny_model()
-    engine = Engine(served, slots=4)
-    flora.freeze_bank(served)
-    long = engine.submit([1, 2, 3], adapter_id=2, max_new_tokens=30)
-    alone = plain(ffba_model(), [1, 2, 3], 2, 30)
-    engine.step()
-    fused = served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight
-    for evicted, rank, targets, activation, in_place in [
-            (1, 3, None, "block", True), (3, 2, ["mlp"], "identity", True), (1, 6, ["mlp"], "block", False)]:
-        i = random_adapter(donor, "ffba", rank, targets, activation=activation)
-        flora.save_adapter(donor, i, tmp_path / "a.safetensors")
-        engine.remove_adapter(evicted)
-        assert engine.load_adapter(tmp_path / "a.safetensors") == evicted
-        assert (served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight is fused) == in_place
-        request = engine.submit([7, 8], adapter_id=evicted, max_new_tokens=4)
-        while request.state != "done":
-            engine.step()
-        assert request.ids == plain(donor, [7, 8], i, 4) != plain(donor, [7, 8], BASE, 4)
-    engine.run()
-    assert long.ids == alone
-
-
 def test_merging_ffba_widens_the_mlp_or_is_refused_in_a_sentence(tmp_path):
     """With target mlp and the block's activation it is an ordinary model, with r hidden units more."""
     model, ids = ffba_model([(3, ["mlp"], "block")]), torch.randint(0, 300, (2, 9))
@@ -1324,9 +1300,34 @@ def family(request):
     return request.param
 
 
-SERVED = {"gpt_bigcode": [   # kind, rank, targets of the adapters that served_model has by default
+# By family: kind, rank, targets of the adapters of one served model. extras/tests adds families.
+SERVED = {"gpt_bigcode": [
     ("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
     ("lora", 1, ["all"]), ("flora", 2, ["all"])]}
+
+
+@pytest.fixture(scope="module")
+def served(family):
+    return SERVED[family]
+
+
+@pytest.fixture(scope="module")
+def model(family, served):
+    return served_model(served, family)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
+    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
+    requests, alone = served_requests(40, adapters), []
+    for i, (prompt, settings) in enumerate(requests):
+        ids = plain(model, prompt, **settings)
+        if i % 2:
+            settings["eos_id"] = ids[len(ids) // 2]
+            ids = ids[:ids.index(settings["eos_id"]) + 1]
+        alone.append(ids)
+    return requests, alone
 
 
 def trained(model, adapter_id, seed=0):
@@ -1373,25 +1374,6 @@ def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, to
         settings = torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p])
         ids.append(int(generate.sample(logits, *settings, u[i:i + 1])))
     return ids[len(prompt):]
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return served_model(family=family)
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
-    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
-    requests, alone = served_requests(40, adapters), []
-    for i, (prompt, settings) in enumerate(requests):
-        ids = plain(model, prompt, **settings)
-        if i % 2:
-            settings["eos_id"] = ids[len(ids) // 2]
-            ids = ids[:ids.index(settings["eos_id"]) + 1]
-        alone.append(ids)
-    return requests, alone
 
 
 def check_served(engine, expected, every=1):

@@ -3,4 +3,5 @@ import pytest
 
 pytest.register_assert_rewrite("test_flora")
 
-from test_flora import embedded_adapters, expected, family, model, tiny_folder  # noqa: E402, F401
+from test_flora import (  # noqa: E402, F401
+    embedded_adapters, expected, family, model, served, tiny_folder)
