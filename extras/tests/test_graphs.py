@@ -6,6 +6,11 @@ from generate import Engine, new_engine
 from test_flora import SERVED, check_served
 
 
+@pytest.fixture(scope="module", params=["gpt_bigcode", "llama"])
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def served(family):
     return [*SERVED[family], ("ffba", 2, None)]

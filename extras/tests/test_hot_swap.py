@@ -4,9 +4,14 @@ import pytest
 import flora
 from extras import hot_swap
 from extras.graphs import GraphEngine
-from flora import BASE, BadInput
+from flora import BadInput
 from generate import Engine
-from test_flora import CONFIG, plain, random_adapter, random_model, served_model, trained
+from test_flora import plain, served_model, trained
+
+
+@pytest.fixture(scope="module", params=["gpt_bigcode", "llama"])
+def family(request):
+    return request.param
 
 
 @pytest.mark.parametrize("engine_class", [Engine, GraphEngine])
@@ -59,39 +64,3 @@ def test_graphs_over_a_bank_are_dropped_when_it_is_replaced_and_kept_when_it_is_
         hot_swap.remove_adapter(engine, 2)
         hot_swap.load_adapter(engine, tmp_path / f"{rank}.safetensors")
         assert ("a length" in engine.graphs) == kept
-
-
-FFBAS = [(3, None, "identity"), (2, ["mlp"], "block"), (5, ["attn"], "block"),
-         (1, ["attn", "mlp"], "identity")]
-
-
-def ffba_model():
-    model = random_model(CONFIG)
-    for rank, targets, activation in FFBAS:
-        random_adapter(model, "ffba", rank, targets, activation=activation)
-    return model.requires_grad_(False)
-
-
-def test_ffba_adapters_come_and_go_in_place_while_others_run(tmp_path):
-    """What fits the columns of the fused weights is written there, for packed copies too."""
-    served, donor = ffba_model(), random_model(CONFIG)
-    engine = Engine(served, slots=4)
-    flora.freeze_bank(served)
-    long = engine.submit([1, 2, 3], adapter_id=2, max_new_tokens=30)
-    alone = plain(ffba_model(), [1, 2, 3], 2, 30)
-    engine.step()
-    fused = served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight
-    for evicted, rank, targets, activation, in_place in [
-            (1, 3, None, "block", True), (3, 2, ["mlp"], "identity", True),
-            (1, 6, ["mlp"], "block", False)]:
-        i = random_adapter(donor, "ffba", rank, targets, activation=activation)
-        flora.save_adapter(donor, i, tmp_path / "a.safetensors")
-        hot_swap.remove_adapter(engine, evicted)
-        assert hot_swap.load_adapter(engine, tmp_path / "a.safetensors") == evicted
-        assert (served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight is fused) == in_place
-        request = engine.submit([7, 8], adapter_id=evicted, max_new_tokens=4)
-        while request.state != "done":
-            engine.step()
-        assert request.ids == plain(donor, [7, 8], i, 4) != plain(donor, [7, 8], BASE, 4)
-    engine.run()
-    assert long.ids == alone
