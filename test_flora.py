@@ -1020,9 +1020,34 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 # ----------------------------------------------------------------------------------------- serving
 
 
-SERVED = {"gpt_bigcode": [   # kind, rank, targets of the adapters that served_model has by default
+# By family: kind, rank, targets of the adapters of one served model. extras/tests adds families.
+SERVED = {"gpt_bigcode": [
     ("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
     ("lora", 1, ["all"]), ("flora", 2, ["all"])]}
+
+
+@pytest.fixture(scope="module")
+def served(family):
+    return SERVED[family]
+
+
+@pytest.fixture(scope="module")
+def model(family, served):
+    return served_model(served, family)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
+    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
+    requests, alone = served_requests(40, adapters), []
+    for i, (prompt, settings) in enumerate(requests):
+        ids = plain(model, prompt, **settings)
+        if i % 2:
+            settings["eos_id"] = ids[len(ids) // 2]
+            ids = ids[:ids.index(settings["eos_id"]) + 1]
+        alone.append(ids)
+    return requests, alone
 
 
 def trained(model, adapter_id, seed=0):
@@ -1035,7 +1060,8 @@ def trained(model, adapter_id, seed=0):
 
 def served_model(kinds=None, family="gpt_bigcode"):
     torch.manual_seed(0)
-    model = GPT(replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128))
+    model = model_from_config(
+        replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128))
     for kind, rank, targets in SERVED[family] if kinds is None else kinds:
         trained(model, flora.add_adapter(model, kind, rank, targets))
     return model
@@ -1069,25 +1095,6 @@ def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, to
         settings = torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p])
         ids.append(int(generate.sample(logits, *settings, u[i:i + 1])))
     return ids[len(prompt):]
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return served_model(family=family)
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
-    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
-    requests, alone = served_requests(40, adapters), []
-    for i, (prompt, settings) in enumerate(requests):
-        ids = plain(model, prompt, **settings)
-        if i % 2:
-            settings["eos_id"] = ids[len(ids) // 2]
-            ids = ids[:ids.index(settings["eos_id"]) + 1]
-        alone.append(ids)
-    return requests, alone
 
 
 def check_served(engine, expected, every=1):
