@@ -96,7 +96,8 @@ def find_rows(names):
 
 
 def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
-    """{(kind, rank): {layer name: (adapters, frozen bank)}}, n adapters each, off the identity."""
+    """{(kind, rank): {layer name: (its class, adapters, frozen bank)}}, n adapters each, moved off
+    the identity. A kind of extras/ may have changed the class."""
     sets = {}
     for kind, rank in kinds_and_ranks:
         install(model)
@@ -105,7 +106,7 @@ def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
             for p in flora.adapter_parameters(model, adapter_id).values():
                 p.data += 0.02 * torch.randn_like(p)
         flora.freeze_bank(model)
-        sets[kind, rank] = {name: (layer.adapters, layer.frozen_bank)
+        sets[kind, rank] = {name: (type(layer), layer.adapters, layer.frozen_bank)
                             for name, layer in flora.adapter_layers(model)}
     install(model)
     return sets
@@ -114,7 +115,8 @@ def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
 def install(model, adapters=None, set_up=default):
     """Give the model one set of make_adapter_sets, or none, and a way to compute it."""
     for name, layer in flora.adapter_layers(model):
-        layer.adapters, layer.frozen_bank = adapters[name] if adapters else (nn.ModuleDict(), None)
+        plain = flora.AdapterLinear, nn.ModuleDict(), None
+        layer.__class__, layer.adapters, layer.frozen_bank = adapters[name] if adapters else plain
         layer.num_adapters = len(layer.adapters)
         layer.path, layer.lora = "auto", flora.lora_per_row
         set_up(layer)
