@@ -1,15 +1,15 @@
-"""Throughput and latency of FLoRA, IA3 and LoRA across ranks (§4.1, Fig. 2), beside two predictions.
+"""Throughput and latency of FLoRA, IA3 and LoRA across ranks (§4.1, Fig. 2), and two predictions.
 
   python bench.py --ranks 1 2 4 8                       the embedded model, minutes on 2 cores
   python bench.py --model starcoder --random-weights --dtype float16 --attention math \\
       --ranks 1 2 4 8 16 --request-rate 8               Fig. 2, on one GPU
 
-Every request runs its own adapter, all of one kind and rank. The rows of the table share one model.
-They run in turns (round 1 of every row, round 2 of every row, ...) after an untimed warm-up, and
-stand in the table as medians over the rounds.
+Every request runs its own adapter, all of one kind and rank. The rows of the table share one model
+and run in turns (round 1 of every row, round 2 of every row, ...) after an untimed warm-up; the
+table has the medians over the rounds.
 
   tokens/s              generated tokens / wall time, from the first arrival to the last token
-  s per output token    of a request: (its last token read by the host - its arrival) / its generated
+  s per output token    of a request: (its last token read by the host - its arrival) / its new
                         tokens, queueing and prefill included, as in vLLM 0.1.3's benchmark; mean,
                         median and 99th percentile over the requests
   time to first token   of a request: its first token read by the host - its arrival
@@ -37,14 +37,14 @@ from tqdm import tqdm
 import flora
 from flora import BadInput, extra, write_json
 from generate import new_engine
-from model import (GPT, Tokenizer, add_common_flags, get_device, model_from_config, preset,
-                   run_main, save_figure)
+from model import (GPT, PRESETS, Tokenizer, add_common_flags, get_device, model_from_config,
+                   preset, run_main, save_figure)
 
 BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
-FREE = 0.97       # the share of the base model's tokens/s at which FLoRA counts as free
+FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
 
 
-# ------------------------------------------------------------------------- the rows of the table
+# ---------------------------------------------------------------------------- the rows of the table
 
 
 class Row(NamedTuple):
@@ -84,7 +84,7 @@ ROWS = {   # by the names that --rows takes
 
 
 def find_rows(names):
-    """{name: Row}: the core's, with those of the extra where `names` has one that the core lacks."""
+    """{name: Row}: the core's, and those of the extra if `names` has one that the core lacks."""
     unknown = [name for name in names if name not in ROWS]
     if not unknown:
         return ROWS
@@ -96,7 +96,8 @@ def find_rows(names):
 
 
 def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
-    """{(kind, rank): {layer name: (adapters, frozen bank)}}, n adapters each, off the identity."""
+    """{(kind, rank): {layer name: (its class, adapters, frozen bank)}}, n adapters each, moved off
+    the identity. A kind of extras/ may have changed the class."""
     sets = {}
     for kind, rank in kinds_and_ranks:
         install(model)
@@ -105,7 +106,7 @@ def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
             for p in flora.adapter_parameters(model, adapter_id).values():
                 p.data += 0.02 * torch.randn_like(p)
         flora.freeze_bank(model)
-        sets[kind, rank] = {name: (layer.adapters, layer.frozen_bank)
+        sets[kind, rank] = {name: (type(layer), layer.adapters, layer.frozen_bank)
                             for name, layer in flora.adapter_layers(model)}
     install(model)
     return sets
@@ -114,7 +115,8 @@ def make_adapter_sets(model, kinds_and_ranks, n, targets=None):
 def install(model, adapters=None, set_up=default):
     """Give the model one set of make_adapter_sets, or none, and a way to compute it."""
     for name, layer in flora.adapter_layers(model):
-        layer.adapters, layer.frozen_bank = adapters[name] if adapters else (nn.ModuleDict(), None)
+        plain = flora.AdapterLinear, nn.ModuleDict(), None
+        layer.__class__, layer.adapters, layer.frozen_bank = adapters[name] if adapters else plain
         layer.num_adapters = len(layer.adapters)
         layer.path, layer.lora = "auto", flora.lora_per_row
         set_up(layer)
@@ -149,12 +151,12 @@ def logits_of(model, adapters, way, ids):
     return model(ids, torch.tensor([1, last], device=ids.device)).float()
 
 
-# ----------------------------------------------------------------------------------- the workload
+# ------------------------------------------------------------------------------------- the workload
 
 
 def synthetic_lengths(n, seed):
-    """n (prompt, output) lengths of 50 to 2,000 tokens together; log-normal, with the means that the
-    paper's ShareGPT sample is known for, about 161 and 338."""
+    """n (prompt, output) lengths of 50 to 2,000 tokens together; log-normal, with the means that
+    the paper's ShareGPT sample is known for, about 161 and 338."""
     rng, lengths = np.random.default_rng(seed), []
     while len(lengths) < n:
         prompt, output = np.maximum(1, rng.lognormal([4.588, 5.502], [1.05, 0.9]).astype(int))
@@ -185,7 +187,7 @@ def make_workload(args, config):
     return workload
 
 
-# -------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 def synchronize(device):
@@ -222,7 +224,7 @@ def measure_limits(device, dtype):
 
 @torch.inference_mode()
 def share_of_limits(model, slots, bandwidth, flops):
-    """Both limits, and how near the base model comes in decoding and prefilling `slots` requests."""
+    """Both limits, and the base's share of them in decoding and in prefilling `slots` requests."""
     device, T = model.wte.weight.device, min(256, model.config.n_positions // 2)
     ids = torch.zeros(slots, T, dtype=torch.int64, device=device)
     cache, position = model.new_kv_cache(slots, T + 1), torch.full((slots, 1), T, device=device)
@@ -261,8 +263,8 @@ def predict_inflection(layer, b, l, device, dtype):
 
 
 def measured_inflection(rows, lora):
-    """Where the tokens/s of `lora` pass FLoRA's, interpolated between ranks: a rank, infinity (never
-    up to the last rank), 0 (at the first rank already) or None (not measured)."""
+    """Where the tokens/s of `lora` pass FLoRA's, interpolated between ranks: a rank, infinity
+    (never up to the last rank), 0 (at the first rank already) or None (not measured)."""
     speed = throughput_of(rows)
     ranks = sorted(rank for name, rank in speed if name == "flora" and (lora, rank) in speed)
     ratios = [speed["flora", rank] / speed[lora, rank] for rank in ranks]
@@ -283,7 +285,7 @@ def throughput_of(rows, key="tokens_per_second"):
 
 
 def measured_free_ranks(rows, name):
-    """The ranks at which `name` keeps FREE of the base's tokens/s; None where it was not measured."""
+    """The ranks at which `name` keeps FREE of the base's tokens/s; None if it was not measured."""
     shares = throughput_of(rows, "ratio_to_base")
     shares = {rank: share for (row, rank), share in shares.items() if row == name}
     return [rank for rank, share in shares.items() if share >= FREE] if shares else None
@@ -305,7 +307,7 @@ def predict(bench, bandwidth, flops):
 
 def serve(engine, workload, num_adapters, arrivals=None):
     """Run the workload: request i arrives at arrivals[i] seconds (None: all at once) with adapter
-    1 + i % num_adapters (0: the base model). -> the metrics of one run, as in the docstring above."""
+    1 + i % num_adapters (0: the base model). -> the metrics of one run, as explained above."""
     arrivals = np.zeros(len(workload)) if arrivals is None else arrivals
     requests, start = [], time.perf_counter()
     while engine.busy or len(requests) < len(workload):
@@ -340,8 +342,8 @@ def metrics(requests, wall):
 
 
 def in_turns(rows, variants, mode, rate, repeats, run, warm_up):
-    """run(variant) -> metrics, `repeats` rounds of all variants, every other round in reverse order
-    -> rows of the results. variants: (name, rank) pairs, the base among them."""
+    """run(variant) -> metrics, in `repeats` rounds of all variants, every other one in reverse
+    order -> rows of the results. variants: (name, rank) pairs, the base among them."""
     rounds = {variant: [] for variant in variants}
     label = mode if rate is None else f"{mode}, {rate:.3g} requests/s"
     for r in tqdm(range(repeats), desc=label, unit="round"):
@@ -393,7 +395,7 @@ def start_engines(bench):
     length = max(len(prompt) + output for prompt, output in bench.workload)
     for variant in tqdm(bench.variants, desc="warm-up", unit="row"):
         num_adapters = bench.install(variant)
-        engine = engines[variant] = new_engine(bench.model, args.slots, length, compile=args.compile)
+        engine = engines[variant] = new_engine(bench.model, args.slots, args.compile, length=length)
         engine.kv_cache = engines["base", None].kv_cache   # one for all: they run in turns
         start = time.perf_counter()
         serve(engine, bench.workload[:args.slots], num_adapters)
@@ -434,7 +436,7 @@ def bench_serving(bench):
     return results
 
 
-# ------------------------------------------------------------------------------- table and figure
+# --------------------------------------------------------------------------------- table and figure
 
 
 def describe_machine(device):
@@ -484,18 +486,18 @@ def print_table(rows, columns=COLUMNS):
 def print_summary(result):
     """The limits, and the two predictions beside what was measured."""
     limits, eq7, free = result["limits"], result["eq7"], result["free_rank"]
-    print(f"\nlimits: {limits['bandwidth_gb_s']:.1f} GB/s, of which decoding {limits['decode_batch']} "
-          f"base requests reaches {100 * limits['decode_share_of_bandwidth']:.0f} %; "
-          f"{limits['matmul_gflop_s']:.0f} GFLOP/s, of which a prefill of {limits['prefill_tokens']} "
-          f"tokens reaches {100 * limits['prefill_share_of_matmul']:.0f} %")
+    decode, prefill = limits["decode_share_of_bandwidth"], limits["prefill_share_of_matmul"]
+    print(f"\nlimits: {limits['bandwidth_gb_s']:.1f} GB/s, of which decoding "
+          f"{limits['decode_batch']} base requests reaches {100 * decode:.0f} %; "
+          f"{limits['matmul_gflop_s']:.0f} GFLOP/s, of which a prefill of "
+          f"{limits['prefill_tokens']} tokens reaches {100 * prefill:.0f} %")
     p = eq7["predicted"]
     print(f"Eq. 7 at {p['batch']} x {p['tokens']} tokens, d = {p['d']}, k = {p['k']}: "
           f"c1 = {p['c1']:.2e}, c2 = {p['c2']:.2e} s, predicted inflection rank "
           f"{tell_rank(p['inflection_rank'], result)}; measured: "
           + ", ".join(f"{name} {tell_rank(r, result)}" for name, r in eq7["measured"].items()))
-    print(f"free rank: {free['balance']:.1f} rows cost as much as reading W0; predicted for "
-          f"{free['requests']} requests: {free['predicted']:.1f}; ranks measured at {FREE:.0%} of the "
-          "base or more: "
+    print(f"free rank: {free['balance']:.1f} rows take as long as reading W0, so predicted for "
+          f"{free['requests']} requests {free['predicted']:.1f}; at {FREE} of the base or more: "
           + ", ".join(f"{name} {tell_ranks(ranks)}" for name, ranks in free["measured"].items()))
 
 
@@ -521,7 +523,7 @@ PANELS = {   # of the figure: {mode: (key of a row, title)}
 
 
 def draw(bench, panels=PANELS):
-    """The paper's Figure 2, as --png: throughput and latency across ranks, Eq. 7's inflection rank."""
+    """The paper's Figure 2: throughput and latency across ranks, with Eq. 7's inflection rank."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -545,7 +547,7 @@ def draw(bench, panels=PANELS):
 
 
 def draw_lines(axis, rows, metric):
-    """One mode's rows: a color for each method, a style for each request rate or number of tokens."""
+    """One mode's rows: a color for each method, a style for each request rate or token count."""
     names = list(dict.fromkeys(row["baseline"] for row in rows))
     for ((_, rate, tokens), group), style in zip(by_group(rows).items(), ["-", "--", ":", "-."]):
         note = (f", {rate:.3g} req/s" if rate else "") + (f", {tokens} tokens" if tokens else "")
@@ -564,14 +566,11 @@ def draw_inflection(axis, result):
     for rank, style, what in [(eq7["predicted"]["inflection_rank"], ":", "predicted by Eq. 7"),
                               (eq7["measured"]["lora-token"], "-", "measured")]:
         label = f"inflection against lora-token, {what}: {tell_rank(rank, result)}"
-        look = dict(color="grey", linestyle=style, label=label)
-        if rank and np.isfinite(rank):
-            axis.axvline(rank, linewidth=1, **look)
-        else:
-            axis.plot([], [], **look)
+        at = rank if rank and np.isfinite(rank) else np.nan   # nan has a legend alone
+        axis.axvline(at, color="grey", linestyle=style, linewidth=1, label=label)
 
 
-# ------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def parse_args(argv=None):
@@ -583,11 +582,12 @@ def parse_args(argv=None):
         default=["throughput", "latency"])
     add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="the base always runs too; "
         f"{', '.join(ROWS)} (default: all of these), and those of extras/bench_more.py")
-    add("--model", metavar="NAME", help="a published size instead of --weights; needs --random-weights: "
-        "tiny_starcoder_py, starcoderbase-1b, -3b, -7b, starcoder, and those of extras/llama.py")
+    add("--model", metavar="NAME", help="a size instead of --weights, with --random-weights: "
+        f"{', '.join(PRESETS)}, or one of extras/llama.py's")
     add("--random-weights", action="store_true")
-    add("--attention", choices=["flash", "math"], default="flash", help="math: as the paper measured")
-    add("--compile", action="store_true", help="decode with torch.compile; its time is reported apart")
+    add("--attention", choices=["flash", "math"], default="flash", help="math: as in the paper")
+    add("--compile", action="store_true",
+        help="decode with torch.compile; its time is reported apart")
     add("--num-requests", type=int, help="default: 1,000, on a CPU 32")
     add("--scale", type=float, help="multiply all lengths by this (default: 1, on a CPU 0.25)")
     add("--dataset", metavar="FILE", help="ShareGPT's JSON format (default: a synthetic mixture)")
@@ -616,12 +616,13 @@ def check_args(args):
                  "layer_tokens", "token_length", "repeats"):
         value = getattr(args, flag)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            raise BadInput(f"--{flag.replace('_', '-')} is {value}; use whole numbers of at least 1")
-    if args.request_rate and min(args.request_rate) <= 0 or args.scale is not None and args.scale <= 0:
+            flag = flag.replace("_", "-")
+            raise BadInput(f"--{flag} is {value}; use whole numbers of at least 1")
+    if min(args.request_rate or [1]) <= 0 or (args.scale is not None and args.scale <= 0):
         raise BadInput("--request-rate and --scale must be above 0")
     if bool(args.model) != args.random_weights:
-        raise BadInput("--model needs --random-weights and the other way round; for a checkpoint use "
-                       "--weights FOLDER")
+        raise BadInput("--model needs --random-weights and the other way round; for a checkpoint "
+                       "use --weights FOLDER")
 
 
 def load_model(args):

@@ -1,0 +1,308 @@
+"""What bench.py measures beyond the paper's Figure 2; a flag of bench.py asks for each part.
+
+  python bench.py --mode layer --model starcoderbase-1b --random-weights      one projection alone
+  python bench.py --mode token --ranks 8             one request alone, methods at equal parameters
+  python bench.py --rows flora lora-masked ffba      rows that the core lacks (ROWS)
+  python bench.py --dataset sharegpt.json            lengths and prompts of a ShareGPT file
+  python bench.py --model llama-2-7b --random-weights --dtype float16 --attention math \\
+      --ranks 1 2 4 8 16 --mode throughput --json 7b.json                    Fig. 3 left, on one GPU
+  python bench.py --plot 7b.json 13b.json --png fig3.png        several results in one figure
+
+layer: the forward of one projection (c_attn; Llama: v_proj) for --slots examples of each of
+--layer-tokens; tokens/s counts rows of the input. It also measures flora.MATERIALISE_COST.
+token: one request of 16 + --token-length tokens at a time, with one adapter. Each of --ranks is
+LoRA's on its default targets; every other row of TOKEN_ROWS (--rows is not asked) has the rank
+whose parameters are nearest to LoRA's.
+"""
+import copy
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import flora
+from bench import (PANELS, Row, benched_layer, check_agreement, default, draw, example, in_turns,
+                   install, make_adapter_sets, measured_inflection, print_table, seconds, serve,
+                   tell_rank, throughput_of)
+from flora import BadInput, read_json
+from generate import new_engine
+from model import save_figure
+
+from .ffba import own_columns
+
+# ------------------------------------------------------------------------- rows that bench.py lacks
+
+
+def lora_masked(x, rows):
+    """LoRA without bmm: all n adapters as one dense [d, n r] matmul, the others masked out.
+
+    x [b, T, d], rows a flora.Rows -> the addend of Eq. 1 [b, T, k]; for the `lora` of a layer.
+    """
+    A, B = rows.bank.added_A.flatten(0, 1), rows.bank.added_B.flatten(0, 1)   # [n r, k], [n r, d]
+    own = own_columns(rows, "added_B")                                        # [b, 1 or T, n r]
+    hidden = (x @ B.T.to(x.dtype)) * own.to(x.dtype)                          # [b, T, n r]
+    return hidden @ A.to(x.dtype)
+
+
+def masked(layer):
+    layer.lora = lora_masked
+
+
+def fused(layer):
+    """FFBA as freeze_bank leaves it."""
+
+
+def unfused(layer):
+    if layer.frozen_bank:
+        layer.frozen_bank = replace(layer.frozen_bank, fused=None)
+
+
+def merged(layer):
+    """LoRA in W0: the base model."""
+
+
+ROWS = {
+    "lora-masked": Row("lora", masked, "LoRA: one dense [d, n r] matmul and a mask, no bmm"),
+    "ffba": Row("ffba", fused, "FFBA: fused, on all four projections: more parameters at a rank"),
+    "ffba-unfused": Row("ffba", unfused, "FFBA: by small matmuls of its own"),
+}
+
+
+# ----------------------------------------------------------------------------- one projection alone
+
+
+def bench_layer(bench):
+    """Mode layer -> rows of the results."""
+    args, results = bench.args, []
+    for tokens in args.layer_tokens:
+        found = in_turns(bench.rows, bench.variants, "layer", None, args.repeats,
+                         lambda variant: run_layer(bench, variant, tokens),
+                         dict.fromkeys(bench.variants, 0.0))
+        results += [row | dict(batch=args.slots, tokens=tokens) for row in found]
+    install(bench.model)
+    print_table(results, columns=[])
+    rank = args.ranks[0]
+    if ("flora", rank) in bench.sets:
+        cost = materialise_cost(bench.model, bench.sets["flora", rank])
+        bench.result["materialise_cost"] = cost
+        print(f"making W0 ∘ ΔW costs {cost:.0f} rows of the plain matmul (flora.MATERIALISE_COST)")
+    if not PANELS.keys() & args.mode:   # otherwise the figure is of these
+        panels = {"layer": ("tokens_per_second", "Rows/s of one projection")}
+        draw(replace(bench, result=bench.result | dict(rows=results)), panels)
+    return results
+
+
+@torch.inference_mode()
+def run_layer(bench, variant, tokens):
+    """Rows a second of the forward of one projection, --slots examples of `tokens` tokens."""
+    layer, slots = benched_layer(bench.model), bench.args.slots
+    x = torch.randn(slots, tokens, layer.in_features, device=bench.device).to(bench.dtype)
+    num_adapters, adapters = bench.install(variant), None
+    if num_adapters:
+        adapters = 1 + torch.arange(slots, device=bench.device) % num_adapters
+    if num_adapters and tokens == 1:   # as in decoding, where rows are gathered once
+        adapters = flora.gather(bench.model, adapters)
+    time = seconds(lambda: layer(x, adapters), bench.device, repeats=3)
+    return dict(tokens_per_second=slots * tokens / time)
+
+
+@torch.inference_mode()
+def materialise_cost(model, adapters):
+    """The measured flora.MATERIALISE_COST: making W0 ∘ ΔW once, in rows of the plain matmul.
+
+    adapters: one set of FLoRA adapters, of make_adapter_sets.
+    """
+    install(model, adapters)
+    layer, weight = benched_layer(model), model.wte.weight
+    x = torch.randn(1, 256, layer.in_features, device=weight.device).to(weight.dtype)
+    ids = torch.tensor([1], device=weight.device)
+    plain = seconds(lambda: layer(x), weight.device)
+    made = seconds(lambda: layer(x, ids, "materialise"), weight.device)
+    install(model)
+    return (made - plain) / (plain / 256)
+
+
+# -------------------------------------------------------------------------------- one request alone
+
+
+TOKEN_ROWS = {  # for --mode token: (kind of adapter, targets, how to set a layer up, what it is)
+    "base": (None, None, default, "base model, no adapters"),
+    "lora": ("lora", None, example, "LoRA unmerged on the default targets, c_attn"),
+    "lora-all": ("lora", ["all"], example, "LoRA unmerged on all projections"),
+    "lora-merged": ("lora", None, merged, "LoRA merged into W0: the base model's shapes"),
+    "ffba": ("ffba", None, fused, "FFBA fused, in both of a block's pairs"),
+    "ffba-unfused": ("ffba", None, unfused, "FFBA by small matmuls of its own"),
+    "flora": ("flora", None, default, "FLoRA on the default targets"),
+}
+TOKEN_COLUMNS = [("s/token", 11, ".6f", "seconds_per_output_token_mean"),
+                 ("parameters", 12, ",", "parameters")]
+
+
+def parameters_of(model, kind, rank, targets):
+    """The number of parameters of an adapter."""
+    adapters = flora.make_adapters(model, kind, rank, targets, 8.0)
+    return sum(p.numel() for adapter in adapters.values() for p in adapter.parameters())
+
+
+def nearest_ranks(model, lora_ranks, names):
+    """{(name of TOKEN_ROWS, rank): its parameters, near to LoRA's at each of lora_ranks}"""
+    parameters = {("base", None): 0}
+    for lora_rank in lora_ranks:
+        budget = parameters_of(model, "lora", lora_rank, None)
+        for name in names:
+            kind, targets, _, _ = TOKEN_ROWS[name]
+            rank = max(1, round(budget / parameters_of(model, kind, 1, targets)))
+            parameters[name, rank] = parameters_of(model, kind, rank, targets)
+    return parameters
+
+
+def token_sets(model, variants, dtype):
+    """{variant: its adapter, of make_adapter_sets}, checked; none for base and lora-merged."""
+    ways = {name: Row(kind, set_up, what) for name, (kind, _, set_up, what) in TOKEN_ROWS.items()
+            if set_up != merged}
+    sets = {}
+    for name, rank in variants:
+        if name in ways and ways[name].kind:
+            kind, targets, _, _ = TOKEN_ROWS[name]
+            with torch.no_grad():
+                made = make_adapter_sets(model, [(kind, rank)], 1, targets)
+            check_agreement(model, made, dtype, ways)
+            sets[name, rank] = made[kind, rank]
+    return sets
+
+
+@torch.no_grad()
+def merged_copy(model):
+    """The model with a LoRA merged into it."""
+    served = copy.deepcopy(model)
+    flora.merge_adapter(served, flora.add_adapter(served, "lora", 1))
+    return served
+
+
+def bench_token(bench):
+    """Mode token: seconds per output token of one request alone -> rows of the results."""
+    args, model, prompt = bench.args, bench.model, list(range(16))
+    install(model)
+    names = [name for name in TOKEN_ROWS if name != "base"]
+    if args.quantize:   # int8 has no weights to merge into
+        names.remove("lora-merged")
+    parameters = nearest_ranks(model, args.ranks, names)
+    sets = token_sets(model, parameters, bench.dtype)
+    merged_model = None if args.quantize else merged_copy(model)
+    engines, warm_up = {}, {}
+
+    def run(variant):
+        set_up = TOKEN_ROWS[variant[0]][2]
+        served = merged_model if set_up == merged else model
+        install(served, sets.get(variant), set_up)
+        if variant not in engines:
+            length = len(prompt) + args.token_length
+            engines[variant] = new_engine(served, 1, args.compile, length=length)
+        return serve(engines[variant], [(prompt, args.token_length)], int(variant in sets))
+
+    for variant in tqdm(parameters, desc="warm-up", unit="row"):
+        start = time.perf_counter()
+        run(variant)
+        warm_up[variant] = time.perf_counter() - start
+    rows = {name: Row(kind, set_up, what) for name, (kind, _, set_up, what) in TOKEN_ROWS.items()}
+    found = in_turns(rows, list(parameters), "token", None, args.repeats, run, warm_up)
+    install(model)
+    results = [row | dict(parameters=parameters[row["baseline"], row["rank"]]) for row in found]
+    print_table(results, TOKEN_COLUMNS)
+    return results
+
+
+MODES = {"layer": bench_layer, "token": bench_token}
+
+
+# -------------------------------------------------------------------------------- ShareGPT's format
+
+
+def read_conversations(file):
+    """[texts of the first two turns] of each entry of a file in ShareGPT's JSON format."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            entries = json.load(f)
+        return [[turn["value"] for turn in entry["conversations"][:2]] for entry in entries]
+    except OSError as e:
+        raise BadInput(f"--dataset {file}: cannot be read ({e.strerror})") from None
+    except (ValueError, TypeError, KeyError) as e:
+        raise BadInput(
+            f"--dataset {file}: is not in ShareGPT's JSON format ({type(e).__name__}: {e}); it "
+            'needs a list of {"conversations": [{"value": TEXT}, ...]}') from None
+
+
+def dataset_prompts(file, n, seed, tokenizer):
+    """n (prompt ids or their number, output length) from a JSON file in ShareGPT's format: a list
+    of {"conversations": [{"value": ...}, {"value": ...}, ...]}, whose first two turns count.
+
+    Without a tokenizer (random weights) a token is taken for four characters.
+    """
+    pairs = [pair for pair in read_conversations(file) if len(pair) == 2]
+    np.random.default_rng(seed).shuffle(pairs)
+    found = []
+    for texts in pairs:
+        if tokenizer:
+            prompt, output = (tokenizer.encode(text) for text in texts)
+        else:
+            prompt, output = ([0] * (len(text) // 4) for text in texts)
+        if prompt and output and 50 <= len(prompt) + len(output) <= 2000:
+            found.append((prompt if tokenizer else len(prompt), len(output)))
+            if len(found) == n:
+                return found
+    raise BadInput(f"--dataset {file}: holds {len(found)} conversations of 50 to 2,000 tokens, but "
+                   f"--num-requests is {n}; lower it")
+
+
+# ------------------------------------------------------------------------ several results, Figure 3
+
+
+def read_result(file):
+    """A result of bench.py -> (result, {(row, rank): tokens/s}, the ranks of both methods)."""
+    result = read_json(file)
+    speed = throughput_of(result.get("rows", []))
+    ranks = sorted(r for name, r in speed if name == "flora" and ("lora-token", r) in speed)
+    if not ranks:
+        raise BadInput(f"--plot {file}: holds no throughput of flora and lora-token; measure them "
+                       "with --mode throughput --json FILE")
+    return result, speed, ranks
+
+
+def tell_inflection(result):
+    """Eq. 7's inflection rank against lora-token, and the measured one."""
+    predicted = result["eq7"]["predicted"]["inflection_rank"]
+    predicted = np.inf if predicted is None else predicted   # JSON's null is infinity
+    measured = measured_inflection(result["rows"], "lora-token")
+    return tell_rank(predicted, result), tell_rank(measured, result)
+
+
+def draw_together(files, png):
+    """The paper's Figure 3 left: throughput across ranks of several models, results that bench.py
+    wrote; beside it FLoRA's share of the paper's bmm-LoRA, which is 1 at the inflection rank."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    print(f"{'':>32}{'inflection rank, predicted':>28}{'measured':>22}")
+    for i, file in enumerate(files):
+        result, speed, ranks = read_result(file)
+        name, (predicted, measured) = result["model"]["name"], tell_inflection(result)
+        print(f"{name:>32}{predicted:>28}{measured:>22}")
+        look = dict(color=f"C{i}", marker="o", markersize=3)
+        of_flora = np.array([speed["flora", rank] for rank in ranks])
+        of_lora = np.array([speed["lora-token", rank] for rank in ranks])
+        left.plot(ranks, of_flora, "-", label=f"{name}: FLoRA", **look)
+        left.plot(ranks, of_lora, "--", label=f"{name}: LoRA (bmm per token)", **look)
+        note = f"inflection rank: Eq. 7 {predicted}, measured {measured}"
+        right.plot(ranks, of_flora / of_lora, label=f"{name}; {note}", **look)
+    right.axhline(1, color="grey", linewidth=1)
+    left.set(xlabel="Rank", title="Throughput (tokens/s)")
+    right.set(xlabel="Rank", title="FLoRA / LoRA (bmm per token)")
+    for axis in (left, right):
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    save_figure(figure, png)
+    print(f"wrote {png}")
