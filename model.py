@@ -1,29 +1,21 @@
-"""StarCoder (GPTBigCode) and Llama in one file: the transformer, its KV cache, Hugging Face folders, tokenizers.
+"""StarCoder (GPTBigCode): the transformer, its KV cache, its Hugging Face folder, its tokenizer.
 
-One pre-norm decoder with a few choices, all made by `GPTConfig.model_type`:
-
-                  gpt_bigcode (StarCoder)                llama
-  norm            LayerNorm                              RMSNorm
-  positions       learned, added to the embedding        rotary (RoPE), of query and key
-  attention       c_attn: query, one key, one value      q_proj, k_proj, v_proj: n_kv_head keys and values
-  MLP             c_proj(gelu(c_fc x))                   down_proj(silu(gate_proj x) ∘ up_proj x), SwiGLU
-  biases          everywhere                             none
-  output          tied to the input embedding            tied or not
-
-The projections of each block are `flora.AdapterLinear`, so every row of a batch may run its own
-adapter. Parameters carry the names that Hugging Face gives them in either family.
+A pre-norm decoder with learned positions, multi-query attention, a GELU MLP, biases everywhere and
+a tied output embedding. The projections of each block are `flora.AdapterLinear`, so every row of a
+batch may run its own adapter. Parameters carry Hugging Face's names. Other families subclass `GPT`
+in extras/ (llama.py) and are found by their config.json's model_type.
 
 Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
 import hashlib
-import math
 import os
 import pickle
 import shutil
 import sys
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import (AdapterLinear, BadInput, PackedCopies, adapter_layers, matmul, packed_columns, read_json,
-                   save_tensors, write_json)
+from flora import AdapterLinear, BadInput, extra, read_json, save_tensors, write_json
 
 
 @dataclass
@@ -46,29 +37,19 @@ class GPTConfig:
     n_inner: int = 24576
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
+    bos_token_id: int = 0
     eos_token_id: int = 0         # <|endoftext|>
     activation_function: str = "gelu_pytorch_tanh"   # the 15B checkpoint says "gelu": the exact one
-    model_type: str = "gpt_bigcode"      # or "llama"
-    bos_token_id: int = 0
-    n_kv_head: int = 1                   # key/value heads, each shared by n_head / n_kv_head query heads
-    head_dim: int | None = None          # None is n_embd / n_head
-    tie_word_embeddings: bool = True     # the output embedding is the input's
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None     # as in config.json: rope_type (linear or llama3), factor, ...
+
+    # No fields: StarCoder has no choice here, other families do
+    model_type = "gpt_bigcode"
+    n_kv_head = 1                 # key/value heads, shared by all query heads
+    tie_word_embeddings = True    # the output embedding is the input's
 
     def __post_init__(self):
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise BadInput(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-            self.head_dim = self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise BadInput(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-
-
-def llama_config(**sizes):
-    """A GPTConfig with Llama 2's choices."""
-    return GPTConfig(**dict(vocab_size=32000, n_positions=4096, model_type="llama", activation_function="silu",
-                            bos_token_id=1, eos_token_id=2, tie_word_embeddings=False) | sizes)
+        if self.n_embd % self.n_head:
+            raise BadInput(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        self.head_dim = self.n_embd // self.n_head
 
 
 PRESETS = {
@@ -77,41 +58,34 @@ PRESETS = {
     "starcoderbase-3b": GPTConfig(n_embd=2816, n_layer=36, n_head=22, n_inner=11264),
     "starcoderbase-7b": GPTConfig(n_embd=4096, n_layer=42, n_head=32, n_inner=16384),
     "starcoder": GPTConfig(activation_function="gelu"),
-    "llama-2-7b": llama_config(n_embd=4096, n_layer=32, n_head=32, n_kv_head=32, n_inner=11008),
-    "llama-2-13b": llama_config(n_embd=5120, n_layer=40, n_head=40, n_kv_head=40, n_inner=13824),
-    # Both families at 27 M parameters, to compare them on a CPU (bench.py)
+    # 27 M parameters, to be compared with llama-cpu on a CPU (bench.py)
     "starcoder-cpu": GPTConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_inner=2048),
-    "llama-cpu": llama_config(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_kv_head=8,
-                              n_inner=1152, tie_word_embeddings=True),
 }
 
 
-def rope_frequencies(config, device):
-    """RoPE: the angle per token by which each pair of a head's D dimensions turns, float32 [D / 2]."""
-    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    slow = frequencies / scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return slow
-    # llama3: waves longer than the context that it was pretrained with are stretched, short ones kept
-    waves = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)   # in that context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    return torch.lerp(slow, frequencies, ((waves - low) / (high - low)).clamp(0, 1))
+def preset(name):
+    """The GPTConfig of a published size: of PRESETS, or of another family's in extras/."""
+    if name in PRESETS:
+        return PRESETS[name]
+    try:
+        return extra(name.split("-")[0], name).PRESETS[name]
+    except (BadInput, AttributeError, KeyError):
+        raise BadInput(f"--model {name}: unknown; use one of {', '.join(PRESETS)}, or one of extras/llama.py's"
+                       ) from None
 
 
-def rotate(x, cos, sin):
-    """Turn the pairs (x_i, x_{i + D/2}) of x [B, T, h, D] by angles of cos, sin [B or 1, T, 1, D / 2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+class Where(NamedTuple):
+    """Where the tokens of one call stand in their rows: made once, the same for every layer."""
+    index: tuple | None = None          # where the cache takes their keys and values; None is its start
+    mask: torch.Tensor | None = None    # [B, T, S], 0 where a token may look and -inf elsewhere; None is causal
+    rope: tuple | None = None           # a family's own (extras/llama.py)
 
 
 def attend(q, k, v, mask=None, flash=True):
     """Grouped-query attention: q [B, H, T, D] over k, v [B, K, S, D], H / K query heads to each key
     head (K = 1 is multi-query attention) -> [B, H, T, D].
 
-    mask [B, T, S], in q's dtype: 0 where a query may look, else -inf; None is causal, with S = T.
+    mask [B, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, with S = T.
     flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All query
     heads of a key head are rows of one matmul, which for one token on a CPU is the faster way.
     """
@@ -129,6 +103,24 @@ def attend(q, k, v, mask=None, flash=True):
     return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
+def cached_attention(q, kv, kv_cache, where, flash):
+    """Attention of new tokens, q [B, T, H, D] and kv [B, T, 2, K, D], -> [B, T, H D].
+
+    kv_cache [2, B, K, S, D] or None takes the new keys and values in place. Prefill (where.index
+    None) attends among the new tokens; decoding to all that each row has cached so far.
+    """
+    B, T = q.shape[:2]
+    if where.index is not None:
+        kv_cache[where.index] = kv
+        kv = kv_cache
+    else:
+        kv = kv.permute(2, 0, 3, 1, 4)                                        # [2, B, K, T, D]
+        if kv_cache is not None:
+            kv_cache[:, :, :, :T] = kv
+    k, v = kv
+    return attend(q.transpose(1, 2), k, v, where.mask, flash).transpose(1, 2).reshape(B, T, -1)
+
+
 def activation(config):
     """The activation of the MLP: GELU, exact or by tanh, or SiLU."""
     exact = {"gelu": F.gelu, "silu": F.silu}
@@ -136,105 +128,78 @@ def activation(config):
 
 
 class Attention(nn.Module):
+    """Multi-query attention. The rows of c_attn's weight are [query C | key D | value D]."""
+
     def __init__(self, config):
         super().__init__()
-        C, self.head_dim = config.n_embd, config.head_dim
-        self.width, self.kv_width = (n * config.head_dim for n in (config.n_head, config.n_kv_head))
-        self.flash = True
-        self.activation = activation(config)   # for an FFBA adapter that asks for it
-        self.fused = config.model_type == "gpt_bigcode"
-        if self.fused:
-            self.c_attn = AdapterLinear(C, self.width + 2 * self.kv_width)   # rows: [query C | key D | value D]
-            self.c_proj = AdapterLinear(C, C)
-        else:
-            self.q_proj = AdapterLinear(C, self.width, bias=False)
-            self.k_proj, self.v_proj = (AdapterLinear(C, self.kv_width, bias=False) for _ in range(2))
-            self.o_proj = AdapterLinear(self.width, C, bias=False)
+        C, self.head_dim, self.flash = config.n_embd, config.head_dim, True
+        self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)
+        self.c_proj = AdapterLinear(C, C)
 
-    def forward(self, x, adapter_ids, kv_cache, index, mask, rope):
+    def forward(self, x, adapters, kv_cache, where):
         B, T, C = x.shape
-        if self.fused:
-            qkv, hidden = self.c_attn.with_hidden(x, adapter_ids, self.activation)   # hidden: FFBA's, for c_proj
-            q, kv = qkv.split([self.width, 2 * self.kv_width], dim=-1)
-            q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
-        else:
-            q, hidden = self.q_proj.with_hidden(x, adapter_ids, self.activation)
-            q, k, v = (y.view(B, T, -1, self.head_dim)
-                       for y in (q, self.k_proj(x, adapter_ids), self.v_proj(x, adapter_ids)))
-            q, kv = rotate(q, *rope), torch.stack([rotate(k, *rope), v], dim=2)
-        if index is None:      # prefill: the cache is empty, attend among the new tokens
-            kv = kv.permute(2, 0, 3, 1, 4)                                    # [2, B, K, T, D]
-            if kv_cache is not None:
-                kv_cache[:, :, :, :T] = kv
-        else:                  # decode: attend to all that each row has cached so far
-            kv_cache[index] = kv                                              # [B, T, 2, K, D], into
-            kv = kv_cache                                                     # [2, B, K, S, D]
-        k, v = kv
-        y = attend(q.transpose(1, 2), k, v, mask, self.flash).transpose(1, 2).reshape(B, T, -1)
-        return (self.c_proj if self.fused else self.o_proj)(y, adapter_ids, hidden=hidden)
+        q, kv = self.c_attn(x, adapters).split([C, 2 * self.head_dim], dim=-1)
+        q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
+        return self.c_proj(cached_attention(q, kv, kv_cache, where, self.flash), adapters)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, inner = config.n_embd, config.n_inner
         self.activation = activation(config)
-        self.gated = config.model_type == "llama"
-        if self.gated:
-            self.gate_proj, self.up_proj = (AdapterLinear(C, inner, bias=False) for _ in range(2))
-            self.down_proj = AdapterLinear(inner, C, bias=False)
-        else:
-            self.c_fc = AdapterLinear(C, inner)
-            self.c_proj = AdapterLinear(inner, C)
+        self.c_fc = AdapterLinear(config.n_embd, config.n_inner)
+        self.c_proj = AdapterLinear(config.n_inner, config.n_embd)
 
-    def forward(self, x, adapter_ids):
-        first, second = (self.gate_proj, self.down_proj) if self.gated else (self.c_fc, self.c_proj)
-        y, hidden = first.with_hidden(x, adapter_ids, self.activation)        # hidden: FFBA's, for the second
-        y = self.activation(y)
-        return second(y * self.up_proj(x, adapter_ids) if self.gated else y, adapter_ids, hidden=hidden)
-
-
-def new_norm(config):
-    return (nn.RMSNorm if config.model_type == "llama" else nn.LayerNorm)(config.n_embd, eps=config.layer_norm_epsilon)
+    def forward(self, x, adapters):
+        return self.c_proj(self.activation(self.c_fc(x, adapters)), adapters)
 
 
 class Block(nn.Module):
-    NAMES = {"gpt_bigcode": ("ln_1", "attn", "ln_2", "mlp"),
-             "llama": ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")}
-
     def __init__(self, config):
         super().__init__()
-        parts = new_norm(config), Attention(config), new_norm(config), MLP(config)
-        for name, part in zip(self.NAMES[config.model_type], parts):
-            self.add_module(name, part)
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
 
-    def forward(self, x, adapter_ids=None, kv_cache=None, index=None, mask=None, rope=None):
-        ln_1, attn, ln_2, mlp = self.children()
-        x = x + attn(ln_1(x), adapter_ids, kv_cache, index, mask, rope)
-        return x + mlp(ln_2(x), adapter_ids)
+    def forward(self, x, adapters, kv_cache, where):
+        x = x + self.attn(self.ln_1(x), adapters, kv_cache, where)
+        return x + self.mlp(self.ln_2(x), adapters)
 
 
 class GPT(nn.Module):
-    """The language model. Parameters carry Hugging Face's names (`transformer.h.0.attn.c_attn.weight`,
-    `model.layers.0.self_attn.q_proj.weight`); `wte` and `blocks` are those of either family."""
+    """The language model. Parameters carry Hugging Face's names (`transformer.h.0.attn.c_attn.weight`)."""
+
+    # What an adapter may be told about the family's projections
+    TARGETS = {  # name for --targets: the projection of a block that it adapts
+        "c_attn": "attn.c_attn",      # query, key and value, fused: what PEFT adapts in StarCoder
+        "c_attn.qk": "attn.c_attn",   # its query and key columns alone: App. A
+        "c_attn.k": "attn.c_attn",    # its key columns alone: IA3 in App. A
+        "c_proj": "attn.c_proj",
+        "c_fc": "mlp.c_fc",
+        "mlp.c_proj": "mlp.c_proj",
+    }
+    DEFAULT_TARGETS = {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj")}
+    SCALES_INPUT = {"mlp.c_proj"}     # where PEFT's IA3 scales what goes in, not what comes out
+
+    # Its config.json
+    CONFIG = GPTConfig
+    ARCHITECTURE = dict(architectures=["GPTBigCodeForCausalLM"], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    KEYS = {}                         # {field of CONFIG: key of config.json}, where the two differ
+    SUPPORTED = {  # {key of config.json: the values that are implemented, the default first}
+        "multi_query": [True], "scale_attn_weights": [True], "tie_word_embeddings": [True],
+        "activation_function": ["gelu_pytorch_tanh", "gelu"]}
+    SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")   # whole numbers above 0
+    IGNORED = ("lm_head.weight",)     # tensors that a folder may hold: a copy of the tied embedding
+
+    times_output = staticmethod(F.linear)   # (x, output embedding) -> logits; extras/packed.py has another
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.llama = config.model_type == "llama"
         self.gradient_checkpointing = False   # recompute each block in backward, to save memory
-        self.packed = None                    # flora.PackedCopies once it serves on a CPU
         self._fingerprint = None
-        wte = nn.Embedding(config.vocab_size, config.n_embd)
-        wpe = None if self.llama else nn.Embedding(config.n_positions, config.n_embd)
-        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        ln_f = new_norm(config)
-        if self.llama:
-            self.model = nn.ModuleDict(dict(embed_tokens=wte, layers=blocks, norm=ln_f))
-        else:
-            self.transformer = nn.ModuleDict(dict(wte=wte, wpe=wpe, h=blocks, ln_f=ln_f))
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.build(config)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -243,56 +208,78 @@ class GPT(nn.Module):
                 depth = 2 * config.n_layer if last else 1
                 nn.init.normal_(p, std=config.initializer_range / depth**0.5)
 
+    def build(self, config):
+        """Make the modules: what `wte`, `blocks`, `ln_f` and `output` name."""
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.n_positions, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)))
+
     @property
     def wte(self):
         """The input embedding."""
-        return self.model.embed_tokens if self.llama else self.transformer.wte
+        return self.transformer.wte
 
     @property
     def blocks(self):
-        return self.model.layers if self.llama else self.transformer.h
+        return self.transformer.h
+
+    @property
+    def ln_f(self):
+        return self.transformer.ln_f
+
+    @property
+    def output(self):
+        """The output embedding, tied to the input's."""
+        return self.transformer.wte
+
+    def columns(self, target):
+        """The output columns [lo, hi) that a target stands for; None is all of them."""
+        C, D = self.config.n_embd, self.config.head_dim
+        return {"c_attn.qk": (0, C + D), "c_attn.k": (C, C + D)}.get(target)
+
+    def embed(self, ids, positions):
+        """ids [B, T] -> [B, T, C]. positions [B, T]; None is 0 .. T - 1."""
+        wpe = self.transformer.wpe
+        return self.wte(ids) + (wpe.weight[:ids.shape[1]] if positions is None else wpe(positions))
+
+    def where(self, x, kv_cache, positions):
+        """The Where of tokens x [B, T, C] at positions [B, T]; without a cache or positions, prefill."""
+        if positions is None or kv_cache is None:
+            return Where()
+        row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
+        unseen = torch.arange(kv_cache.shape[-2], device=x.device) > positions[:, :, None]    # [B, T, S]
+        mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
+        return Where((every, row, every, positions), mask)
 
     def hidden(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """All of `forward` but the output embedding -> [B, T, C]."""
-        B, T = ids.shape
-        if T > self.config.n_positions:
-            raise BadInput(f"{T} tokens are more than the model's context of "
+        if ids.shape[1] > self.config.n_positions:
+            raise BadInput(f"{ids.shape[1]} tokens are more than the model's context of "
                            f"{self.config.n_positions} (n_positions); shorten or truncate the prompt")
-        x = self.wte(ids)                                                     # [B, T, C]
-        index = mask = rope = None
-        if self.llama:
-            where = torch.arange(T, device=ids.device)[None] if positions is None else positions
-            angles = where[:, :, None, None] * rope_frequencies(self.config, ids.device)   # [B or 1, T, 1, D / 2]
-            rope = angles.cos(), angles.sin()
-        else:
-            wpe = self.transformer.wpe
-            x = x + (wpe.weight[:T] if positions is None else wpe(positions))
-        if positions is not None and kv_cache is not None:
-            row, every = torch.arange(B, device=ids.device)[:, None], slice(None)
-            index = every, row, every, positions                              # where the new keys and values go
-            unseen = torch.arange(kv_cache.shape[-2], device=ids.device) > positions[:, :, None]
-            mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
+        x = self.embed(ids, positions)                                        # [B, T, C]
+        where = self.where(x, kv_cache, positions)
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, adapter_ids, rope=rope, use_reentrant=False)
+                x = checkpoint(block, x, adapter_ids, layer_cache, where, use_reentrant=False)
             else:
-                x = block(x, adapter_ids, layer_cache, index, mask, rope)
-        return (self.model.norm if self.llama else self.transformer.ln_f)(x)
+                x = block(x, adapter_ids, layer_cache, where)
+        return self.ln_f(x)
 
     def logits(self, x):
         """x [..., C] from `hidden` -> logits [..., vocab_size], by the output embedding."""
-        output = self.wte if self.config.tie_word_embeddings else self.lm_head
-        return matmul(x, packed_columns(output.weight, self.packed))
+        return self.times_output(x, self.output.weight)
 
     def forward(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """ids int64 [B, T] -> logits [B, T, vocab_size], in the model's dtype.
 
-        adapter_ids: int64 [B] or [B, T], 0 for the base model; None is the base model for all.
-        kv_cache: from `new_kv_cache`, written in place. Without `positions` it is filled from its
-        start (prefill; pad shorter rows on the right, causality keeps the padding out of sight).
-        With positions int64 [B, T], each row's tokens are written there and see what that row has
-        cached up to them (decode).
+        adapter_ids: int64 [B] or [B, T], 0 for the base model; or flora.gather's; None is the base
+        model for all. kv_cache: from `new_kv_cache`, written in place. Without `positions` it is
+        filled from its start (prefill; pad shorter rows on the right, causality keeps the padding
+        out of sight). With positions int64 [B, T], each row's tokens are written there and see
+        what that row has cached up to them (decode).
         """
         return self.logits(self.hidden(ids, adapter_ids, kv_cache, positions))
 
@@ -304,18 +291,17 @@ class GPT(nn.Module):
 
     def set_attention(self, flash):
         """Choose F.scaled_dot_product_attention (True) or plain math (False), as `attend` explains."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.flash = flash
+        for block in self.blocks:
+            for part in block.children():
+                if isinstance(part, Attention):
+                    part.flash = flash
 
     def pack(self):
-        """Serve with packed weights where that is faster (flora.matmul): on a CPU, in float32. Costs
-        a second copy of the weights, made at first use; training ignores it."""
-        weight = self.wte.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and self.packed is None \
-                and torch.backends.mkldnn.is_available():
-            for module in [self, *(layer for _, layer in adapter_layers(self))]:
-                module.packed = PackedCopies()
+        """Serve with packed weights where that is faster (extras/packed.py); training ignores them."""
+        try:
+            extra("packed", "packing").pack(self)
+        except BadInput:   # without extras/ the product stays plain
+            pass
 
     def base_parameters(self):
         """{name: parameter} of the base model, adapters left out."""
@@ -335,21 +321,22 @@ class GPT(nn.Module):
 
     # ------------------------------------------------------------------ Hugging Face folders
 
-    @classmethod
-    def from_pretrained(cls, folder, device="cpu", dtype=torch.float32):
-        """Load a Hugging Face GPTBigCode or Llama folder: config.json and weights as safetensors or
-        pytorch_model*.bin (never unpickled beyond tensors), in one file or in shards.
+    @staticmethod
+    def from_pretrained(folder, device="cpu", dtype=torch.float32):
+        """Load a Hugging Face folder of StarCoder's family, or of one in extras/: config.json and
+        weights as safetensors or pytorch_model*.bin (never unpickled beyond tensors), in one file
+        or in shards.
 
         Each tensor is read into place in `dtype`, so memory peaks near one copy of the model.
         Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
         """
         with torch.device("meta"):
-            model = cls(read_config(folder))
+            model = model_from_config(read_config(folder))
         model = model.to(dtype).to_empty(device=device)
         parameters, samples = model.base_parameters(), {}
         for file, name, tensor in stored_tensors(folder):
-            if name not in parameters and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
-                continue  # a copy of the tied embedding; RoPE's frequencies, which old Llama files hold
+            if name not in parameters and name.endswith(model.IGNORED):
+                continue
             if name not in parameters:
                 raise BadInput(f"{file}: unexpected tensor {name}; the model of {folder}/config.json "
                                "has no such parameter")
@@ -375,7 +362,75 @@ class GPT(nn.Module):
         tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
                    for name, p in self.base_parameters().items()}
         save_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-        write_json(os.path.join(folder, "config.json"), to_json(self.config, dtype or self.wte.weight.dtype))
+        write_json(os.path.join(folder, "config.json"), self.config_json(dtype or self.wte.weight.dtype))
+
+    @classmethod
+    def parse_config(cls, values, file):
+        """The object of a config.json -> CONFIG; BadInput names the key that is not supported."""
+        for key, supported in cls.SUPPORTED.items():
+            check_supported(file, key, values.get(key, supported[0]), supported)
+        keys = {field.name: cls.KEYS.get(field.name, field.name) for field in fields(cls.CONFIG)}
+        found = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
+        if isinstance(found.get("eos_token_id"), list):
+            found["eos_token_id"] = found["eos_token_id"][0]
+        found = cls.complete_config(found, values, file)
+        for name in cls.SIZES:
+            if type(found.get(name)) is not int or found[name] < 1:
+                raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
+                               "but must be a positive whole number")
+        return cls.CONFIG(**found)
+
+    @classmethod
+    def complete_config(cls, found, values, file):
+        """The fields `found` in a config.json with those that follow from others."""
+        if "n_inner" not in found and isinstance(found.get("n_embd"), int):
+            found["n_inner"] = 4 * found["n_embd"]
+        return found
+
+    def config_json(self, dtype):
+        """config.json's object, for transformers 4 and 5 and for parse_config."""
+        defaults = {key: supported[0] for key, supported in self.SUPPORTED.items()}
+        sizes = {self.KEYS.get(name, name): value for name, value in asdict(self.config).items()}
+        return (dict(model_type=self.config.model_type) | defaults | sizes | self.ARCHITECTURE
+                | dict(torch_dtype=str(dtype).removeprefix("torch.")))
+
+
+def check_supported(file, key, value, supported):
+    if value not in supported:
+        raise BadInput(f"{file}: {key} is {value!r}, but only "
+                       f"{' or '.join(map(repr, supported))} is supported")
+
+
+def model_class(model_type):
+    """The model of a config.json's model_type: GPT, or the MODEL of extras/MODEL_TYPE.py."""
+    if model_type == GPT.CONFIG.model_type:
+        return GPT
+    unknown = BadInput(f"model_type is {model_type!r}, but only 'gpt_bigcode' or a family that extras/ "
+                       f"holds is supported (there is no extras/{model_type}.py for it)")
+    if not (isinstance(model_type, str) and model_type.isidentifier()):
+        raise unknown
+    try:
+        return extra(model_type, model_type).MODEL
+    except (BadInput, AttributeError):
+        raise unknown from None
+
+
+def model_from_config(config):
+    """A model of random weights, of the class that the config's family has."""
+    return model_class(config.model_type)(config)
+
+
+def read_config(folder):
+    """The config of a Hugging Face folder; BadInput names the key that is not supported."""
+    if not os.path.isdir(folder):
+        raise BadInput(f"{folder}: no such model folder")
+    file = os.path.join(folder, "config.json")
+    values = read_json(file)
+    try:
+        family = model_class(values.get("model_type"))
+    except BadInput as e:
+        raise BadInput(f"{file}: {e}") from None
+    return family.parse_config(values, file)
 
 
 def sample(tensor):
@@ -392,115 +447,41 @@ def fingerprint(samples):
     return digest.hexdigest()[:16]
 
 
-KEYS = {  # by family, {field of GPTConfig: key of config.json}, where the two differ
-    "gpt_bigcode": {},
-    "llama": dict(n_positions="max_position_embeddings", n_embd="hidden_size", n_layer="num_hidden_layers",
-                  n_head="num_attention_heads", n_inner="intermediate_size", layer_norm_epsilon="rms_norm_eps",
-                  activation_function="hidden_act", n_kv_head="num_key_value_heads"),
-}
-SUPPORTED = {  # {key of config.json: the values that are implemented, the default first}
-    "gpt_bigcode": {"multi_query": [True], "scale_attn_weights": [True], "tie_word_embeddings": [True],
-                    "activation_function": ["gelu_pytorch_tanh", "gelu"]},
-    "llama": {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
-              "tie_word_embeddings": [False, True]},
-}
-ROPE_TYPES = {  # the values of rope_scaling["rope_type"], each with the numbers it needs
-    "default": (), "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def read_config(folder):
-    """The GPTConfig of a Hugging Face folder; BadInput names the key that is not supported."""
-    if not os.path.isdir(folder):
-        raise BadInput(f"{folder}: no such model folder")
-    file = os.path.join(folder, "config.json")
-    config = read_json(file)
-
-    def check(key, value, values):
-        if value not in values:
-            raise BadInput(f"{file}: {key} is {value!r}, but only {' or '.join(map(repr, values))} is supported")
-
-    family = config.get("model_type")
-    check("model_type", family, list(KEYS))
-    for key, values in SUPPORTED[family].items():
-        check(key, config.get(key, values[0]), values)
-    keys = {field: KEYS[family].get(field, field) for field in GPTConfig.__dataclass_fields__}
-    fields = {field: config[key] for field, key in keys.items() if config.get(key) is not None}
-    if isinstance(fields.get("eos_token_id"), list):
-        fields["eos_token_id"] = fields["eos_token_id"][0]
-    if family == "llama":
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}   # transformers 5's, and before
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        check("rope_type", kind, list(ROPE_TYPES))
-        for key in ROPE_TYPES[kind]:
-            if not isinstance(rope.get(key), (int, float)):
-                raise BadInput(f"{file}: rope_type {kind} needs a number {key}, not {rope.get(key)!r}")
-        scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
-        fields = dict(layer_norm_epsilon=1e-6, n_kv_head=fields.get("n_head"), tie_word_embeddings=False) | fields
-        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-        if not isinstance(theta, (int, float)):
-            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number")
-        fields |= dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
-    elif "n_inner" not in fields and isinstance(fields.get("n_embd"), int):
-        fields["n_inner"] = 4 * fields["n_embd"]
-    for field in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_head", "head_dim"):
-        value = fields.get(field, 1 if field in ("n_kv_head", "head_dim") else None)
-        if type(value) is not int or value < 1:
-            raise BadInput(f"{file}: {keys[field]} is {value!r}, but must be a positive whole number")
-    return GPTConfig(**fields)
-
-
-def to_json(config, dtype):
-    """The config.json of a GPTConfig, for transformers 4 and 5 and for read_config."""
-    family, value = config.model_type, vars(config)
-    fields = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon",
-              "initializer_range", "bos_token_id", "eos_token_id", "activation_function", "tie_word_embeddings"]
-    if family == "llama":
-        fields += ["n_kv_head", "head_dim", "rope_theta", "rope_scaling"]
-        rest = dict(architectures=["LlamaForCausalLM"])
-    else:
-        rest = dict(architectures=["GPTBigCodeForCausalLM"], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    return (dict(model_type=family) | {key: values[0] for key, values in SUPPORTED[family].items()}
-            | {KEYS[family].get(field, field): value[field] for field in fields}
-            | rest | dict(torch_dtype=str(dtype).removeprefix("torch.")))
+def weight_files(folder):
+    """The files that hold a folder's weights: one, or the shards of an index; BadInput if one is missing."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file, index = os.path.join(folder, name), os.path.join(folder, f"{name}.index.json")
+        if os.path.exists(file):
+            return [file]
+        if os.path.exists(index):
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise BadInput(f"{index}: has no weight_map; download it again")
+            shards = [os.path.join(folder, os.path.basename(s)) for s in sorted(set(weight_map.values()))]
+            for shard in shards:
+                if not os.path.exists(shard):
+                    raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")
+            return shards
+    raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
 
 
 def stored_tensors(folder):
     """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time."""
-    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        file = os.path.join(folder, f"{stem}.{ending}")
-        index = f"{file}.index.json"
-        if os.path.exists(file):
-            files = [file]
-        elif os.path.exists(index):
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise BadInput(f"{index}: has no weight_map; download it again")
-            shards = sorted(set(weight_map.values()))
-            files = [os.path.join(folder, os.path.basename(shard)) for shard in shards]
-        else:
-            continue
-        for shard in files:
-            if not os.path.exists(shard):
-                raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")
-        for shard in files:
-            try:
-                if ending == "bin":
-                    mmap = zipfile.is_zipfile(shard)  # files of torch before 1.6 are no zip
-                    tensors = torch.load(shard, map_location="cpu", weights_only=True, mmap=mmap)
-                    yield from ((shard, name, tensor) for name, tensor in tensors.items())
-                else:
-                    with safe_open(shard, "pt") as f:
-                        for name in f.keys():
-                            yield shard, name, f.get_tensor(name)
-            except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
-                    AttributeError) as e:
-                reason = (str(e) or type(e).__name__).splitlines()[0]
-                raise BadInput(f"{shard}: truncated or not a weight file ({reason}); download it again"
-                               ) from e
-        return
-    raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+    for file in weight_files(folder):
+        try:
+            if file.endswith(".bin"):
+                mmap = zipfile.is_zipfile(file)  # files of torch before 1.6 are not zip archives
+                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+                yield from ((file, name, tensor) for name, tensor in tensors.items())
+            else:
+                with safe_open(file, "pt") as f:
+                    yield from ((file, name, f.get_tensor(name)) for name in f.keys())
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+                AttributeError) as e:
+            if isinstance(e, BadInput):
+                raise
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise BadInput(f"{file}: truncated or not a weight file ({reason}); download it again") from e
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -575,8 +556,8 @@ class Tokenizer:
         return first + [i for part in rest for i in low_line + part]
 
     def decode(self, ids, continues=False):
-        """list of ids -> text; bytes that are no UTF-8 become U+FFFD. continues: the ids go on from a text
-        (a prompt), so that a space at their start is none that the tokenizer put before it."""
+        """list of ids -> text; bytes that are not UTF-8 become U+FFFD. continues: the ids go on from a text
+        (a prompt), so that a space at their start is part of the text."""
         ids = (self.encode("x") if continues else []) + list(ids)
         text = (self.hf.decode(ids, skip_special_tokens=False) if self.hf
                 else self.sp.decode(ids).removeprefix(self.prefix))

@@ -1,0 +1,59 @@
+"""W0 packed for oneDNN: faster decoding on a CPU in float32, at the cost of a second copy of W0.
+
+PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
+once spares the few rows of a decoding step that work where d and k are large. generate.py and
+bench.py serve with it by default (GPT.pack). Training, gradients and torch.compile use the plain
+product. The operators, torch.ops.mkldnn, are not a public interface of PyTorch.
+"""
+import torch
+import torch.nn.functional as F
+
+from flora import Plain, adapter_layers
+
+
+class Copies(dict):
+    """{(shape, offset) of a weight: (the weight, its version, its packed copy)}. Holding the weight
+    keeps its address from being used again. Copied or pickled it is empty: oneDNN's tensors allow
+    neither."""
+
+    def __reduce__(self):
+        return Copies, ()
+
+
+class PackedLinear:
+    """F.linear(x, weight, bias) by copies of the weights that it is given, made at first use and
+    again when a weight has changed."""
+
+    def __init__(self):
+        self.copies = Copies()
+
+    def __call__(self, x, weight, bias=None):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.linear(x, weight, bias)
+        key = weight.shape, weight.storage_offset()
+        held, version, packed = self.copies.get(key, (None, None, None))
+        if version != weight._version or held.data_ptr() != weight.data_ptr():
+            weight = weight.detach()
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self.copies[key] = weight, weight._version, packed
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class Packed(Plain):
+    """The form of a layer whose product is a PackedLinear."""
+
+    def __init__(self):
+        self.times = PackedLinear()
+
+
+def pack(model):
+    """Serve with packed weights where that is faster: on a CPU, in float32, W0 held plainly."""
+    weight = model.wte.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return
+    if not torch.backends.mkldnn.is_available() or isinstance(model.times_output, PackedLinear):
+        return
+    model.times_output = PackedLinear()
+    for _, layer in adapter_layers(model):
+        if type(layer.form) is Plain:
+            layer.form = Packed()
