@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,9 +37,7 @@ from flora import BadInput, read_json, write_json
 from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, get_device, model_class, read_config,
                    run_main, save_figure)
 
-# flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model;
-# 1e-3 measured better on the embedded one (README), and stands for kinds that are not listed.
-LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "ffba": 1e-3, "none": 2e-3}
+UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 # torchrun's: this process's number and how many there are; without torchrun there is one.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -60,16 +59,13 @@ def find_files(data, extensions=()):
         if not matches:
             raise BadInput(f"--data {pattern}: no such file, folder or glob match")
         for match in map(Path, matches):
-            found.update([match] if match.is_file() else visible_files(match))
+            inside = [match] if match.is_file() else match.rglob("*")
+            found.update(p for p in inside if p.is_file() and not hidden(p.relative_to(match)))
     return sorted(p for p in found if not extensions or p.suffix in extensions)
 
 
-def visible_files(folder):
-    """Yield the files below a folder, without those whose name or folder begins with a dot."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def default_files(adapter):
@@ -132,22 +128,10 @@ def load_texts(args):
     return training, heldout
 
 
-def encode_texts(texts, tokenizer, budget):
-    """Texts -> int32 ids of entire files, the eos before each (and a bos, if the tokenizer has
-    one), until `budget` tokens are reached."""
-    parts, total = [], 0
-    for text in texts:
-        ids = [tokenizer.eos_id] + tokenizer.encode(text, bos=True)
-        parts.append(np.array(ids, dtype=np.int32))
-        total += len(ids)
-        if total >= budget:
-            break
-    return parts
-
-
 def heldout_blocks(texts, tokenizer, block_size, budget):
-    """Entire held-out files of about `budget` tokens -> (x, y [N, block], bytes of text). Every token
-    of each file is predicted once; y is -100 on padding."""
+    """Entire held-out files of about `budget` tokens -> (x, y [N, block], bytes of text).
+
+    Every token of each file is predicted once; y is -100 on padding."""
     rows, size = [], 0
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     for text in texts:
@@ -181,10 +165,18 @@ class Data(NamedTuple):
 
 
 def encode_data(args, texts, tokenizer):
-    """(training texts, held-out texts) -> Data, of as many tokens as the training can see."""
+    """(training texts, held-out texts) -> Data.
+
+    As many entire training files as the steps can see, the eos before each (and the bos, if the
+    tokenizer has one)."""
     training, heldout = texts
-    budget = max(args.steps * args.tokens_per_step, args.block_size + 1)
-    tokens = np.concatenate(encode_texts(training, tokenizer, budget))
+    budget, files = max(args.steps * args.tokens_per_step, args.block_size + 1), []
+    for text in training:
+        files.append([tokenizer.eos_id] + tokenizer.encode(text, bos=True))
+        budget -= len(files[-1])
+        if budget <= 0:
+            break
+    tokens = np.concatenate([np.array(ids, dtype=np.int32) for ids in files])
     if len(tokens) <= args.block_size:
         raise BadInput(f"--data holds {len(tokens)} training tokens, fewer than --block-size "
                        f"{args.block_size}; give more files or a smaller block")
@@ -322,8 +314,7 @@ def learning_rate(step, args):
 
 def check_finite(name, value, step, args):
     if not math.isfinite(value):
-        file = Path(args.out, "checkpoint.pt")
-        kept = "no checkpoint was written yet"
+        file, kept = Path(args.out, "checkpoint.pt"), "no checkpoint was written yet"
         if file.exists():
             kept = f"the last good checkpoint is kept in {file}"
         raise FloatingPointError(f"the {name} is {value} at step {step}; {kept}; lower --lr")
@@ -397,23 +388,27 @@ def load_checkpoint(file):
 
 
 def open_checkpoint(args):
-    """The checkpoint in OUT to go on from, or None; BadInput where the two do not fit together."""
+    """Make OUT a folder -> the checkpoint in it to go on from, or None to start at step 0.
+
+    BadInput for an unfinished run without --resume, and for --resume with other flags."""
     file = Path(args.out, "checkpoint.pt")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
     checkpoint = load_checkpoint(file) if file.exists() else None
-    if checkpoint is None:
-        if args.resume:
-            say(f"{file}: no checkpoint yet, so starting at step 0")
-        return None
-    if not args.resume:
-        if checkpoint["step"] < checkpoint["args"]["steps"]:
-            raise BadInput(f"{file} is an unfinished run at step {checkpoint['step']}; add "
-                           "--resume to go on with it, or choose another --out")
-        return None
-    for key, value in checkpoint["args"].items():
-        if value != getattr(args, key):
-            raise BadInput(f"{file} was made with --{key.replace('_', '-')} {value}, not "
-                           f"{getattr(args, key)}; give the same flags to --resume")
-    return checkpoint
+    if args.resume and checkpoint:
+        for key, value in checkpoint["args"].items():
+            if value != getattr(args, key):
+                raise BadInput(f"{file} was made with --{key.replace('_', '-')} {value}, not "
+                               f"{getattr(args, key)}; give the same flags to --resume")
+        return checkpoint
+    if args.resume:
+        say(f"{file}: no checkpoint yet, so starting at step 0")
+    elif checkpoint and checkpoint["step"] < checkpoint["args"]["steps"]:
+        raise BadInput(f"{file} is an unfinished run at step {checkpoint['step']}; add --resume "
+                       "to go on with it, or choose another --out")
+    return None
 
 
 def restore(checkpoint, parameters, optimizer):
@@ -430,19 +425,18 @@ def restore(checkpoint, parameters, optimizer):
 
 def train(args):
     """Run one training as `parse_args` describes it; returns the report that --json writes."""
-    device = start_processes(args)
-    if args.targets is None:
-        args.targets = default_targets(args)
-    checkpoint = open_checkpoint(args)
-    make_folder(args.out)
-    texts = load_texts(args)
-    torch.manual_seed(args.seed)
+    run = train_adapter
     if args.adapter == "none":
         run = flora.extra("pretrain", "--adapter none").pretrain
     elif args.from_lora:
         run = flora.extra("lora_to_flora", "--from-lora").copy_lora
-    else:
-        run = train_adapter
+    elif args.targets is None:
+        family = model_class(read_config(args.weights or EMBEDDED).model_type)
+        args.targets = flora.default_targets(family, args.adapter)
+    device = start_processes(args)
+    checkpoint = open_checkpoint(args)
+    texts = load_texts(args)
+    torch.manual_seed(args.seed)
     report = run(args, device, texts, checkpoint)
     if WORLD > 1:
         dist.destroy_process_group()
@@ -454,29 +448,13 @@ def train_adapter(args, device, texts, checkpoint):
     model, tokenizer = load_base(args, device, getattr(torch, args.dtype))
     model.requires_grad_(False)
     options = dict(activation=args.ffba_activation) if args.adapter == "ffba" else {}
-    adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha, **options)
+    adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
+                                   **options)
     parameters = flora.adapter_parameters(model, adapter_id)
     say_sizes(args, model, parameters)
     data = encode_data(args, texts, tokenizer)
     report = fit_text(args, model, parameters, data, adapter_id, checkpoint)
     return finish_adapter(args, model, adapter_id, report)
-
-
-def default_targets(args):
-    """Where --adapter goes if --targets is not given: the base's family knows."""
-    if args.adapter == "none":
-        return []
-    if args.from_lora:   # the LoRA's, once it is loaded
-        return None
-    family = model_class(read_config(args.weights or EMBEDDED).model_type)
-    return list(flora.default_targets(family, args.adapter))
-
-
-def make_folder(out):
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {out}: cannot be made a folder ({e.strerror})") from None
 
 
 def load_base(args, device, dtype):
@@ -493,33 +471,27 @@ def load_base(args, device, dtype):
 
 
 def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, groups=None):
-    """`fit` on Data -> the report. loss(model, x, y, adapter_ids): of one micro-batch."""
+    """`fit` on Data, with loss(model, x, y, adapter_ids) -> the report."""
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
+    next_batch = partial(batch, data.tokens, args)
+    heldout = partial(heldout_loss, model, data, adapter_id, args.dtype)
 
-    def next_batch(step, micro):
-        return batch(data.tokens, args, step, micro)
-
-    def batch_loss(model, x, y):
+    def loss_of_rows(model, x, y):
         return loss(model, x, y, ids)
 
-    def heldout():
-        return heldout_loss(model, data, adapter_id, args.dtype)
-
-    log, rate = fit(model, parameters, next_batch, batch_loss, heldout, args, checkpoint, groups)
+    log, rate = fit(model, parameters, next_batch, loss_of_rows, heldout, args, checkpoint, groups)
     return make_report(args, model, parameters, data, log, rate)
 
 
 # --------------------------------------------------------------------------------------- the report
 
 
-def sizes(model, parameters):
-    """-> (trained parameters, the base model's parameters)."""
-    return (sum(p.numel() for p in parameters.values()),
-            sum(p.numel() for p in model.base_parameters().values()))
+def count(parameters):
+    return sum(p.numel() for p in parameters.values())
 
 
 def say_sizes(args, model, parameters):
-    trained, total = sizes(model, parameters)
+    trained, total = count(parameters), count(model.base_parameters())
     say(f"{args.adapter}: {trained:,} trainable parameters, {100 * trained / total:.4f} % of the "
         f"base model's {total:,}")
 
@@ -527,7 +499,6 @@ def say_sizes(args, model, parameters):
 def make_report(args, model, parameters, data, log, rate):
     """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
     before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
-    trained, total = sizes(model, parameters)
     return dict(
         adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
         targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
@@ -536,10 +507,11 @@ def make_report(args, model, parameters, data, log, rate):
         heldout_loss_before=before, heldout_loss_after=after,
         heldout_bpb_before=data.bits_per_byte(before), heldout_bpb_after=data.bits_per_byte(after),
         heldout_tokens=data.heldout_tokens, heldout_bytes=data.heldout_bytes,
-        trainable_parameters=trained, total_parameters=total,
+        trainable_parameters=count(parameters), total_parameters=count(model.base_parameters()),
         tokens_per_second=rate, seconds=log[-1]["seconds"],
         peak_memory_bytes=peak_memory(model.wte.weight.device),
-        device=args.device, dtype=args.dtype, quantize=args.quantize, torch=torch.__version__, log=log)
+        device=args.device, dtype=args.dtype, quantize=args.quantize,
+        torch=torch.__version__, log=log)
 
 
 def peak_memory(device):
@@ -551,26 +523,24 @@ def peak_memory(device):
 
 
 def finish_adapter(args, model, adapter_id, report):
-    """Write OUT/adapter.safetensors with the report inside, then the report; returns it."""
+    """Write OUT/adapter.safetensors, with a summary inside, and the report; returns the report."""
     if RANK > 0:
         return report
     file = str(Path(args.out, "adapter.safetensors"))
     summary = {key: value for key, value in report.items() if key != "log"}
     flora.save_adapter(model, adapter_id, file, summary)
-    hint = f"--adapter {shlex.quote(file)}"
-    if args.quantize:
-        hint = f"--quantize {args.quantize} {hint}"
-    if args.weights:
-        hint = f"--weights {shlex.quote(args.weights)} {hint}"
-    return finish(args, report | dict(adapter_file=file), hint)
+    flags = {"--weights": args.weights, "--quantize": args.quantize, "--adapter": file}
+    used = [f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value]
+    return finish(args, report | dict(adapter_file=file), " ".join(used))
 
 
 def finish(args, report, hint):
-    """Write the report, print its end and how to use what was trained (generate.py's flags)."""
+    """Write and print the report; hint: generate.py's flags for what was trained."""
     for file in {str(Path(args.out, "log.json")), args.json} - {None}:
         write_json(file, report)
     say(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
-        f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} bits/byte\n"
+        f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} "
+        "bits/byte\n"
         f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
         f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB\n"
         f"saved {report['adapter_file'] or args.out}; try it:\n"
@@ -589,17 +559,15 @@ def plot(json_files, png):
         if "log" not in run:
             raise BadInput(f"--plot {file}: not a --json report of train.py")
         rank = "" if run["adapter"] in UNRANKED else f" rank {run['rank']}"
-        axes.plot([p["step"] for p in run["log"]], [p["heldout_loss"] for p in run["log"]], "o-", ms=3,
-                  label=f"{run['adapter']}{rank}, {run['trainable_parameters']:,} parameters")
+        label = f"{run['adapter']}{rank}, {run['trainable_parameters']:,} parameters"
+        steps, losses = zip(*((point["step"], point["heldout_loss"]) for point in run["log"]))
+        axes.plot(steps, losses, "o-", ms=3, label=label)
     axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
     axes.legend()
     save_figure(figure, png, dpi=150)
 
 
 # -------------------------------------------------------------------------------------- the command
-
-UNRANKED = ("ia3", "none")   # kinds that --rank does not change
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
@@ -611,32 +579,25 @@ def parse_args(argv=None):
     parser.set_defaults(weights=None)  # none without --weights starts from scratch
     args = parser.parse_args(argv)
     check_args(args, parser.error)
-    if args.lr is None:
-        args.lr = LEARNING_RATE.get(args.adapter, LEARNING_RATE["lora"])
-    if args.warmup is None:
-        args.warmup = args.steps // 20
-    args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.tokens_per_step = args.batch_size * args.grad_accum * args.block_size
-    rank = "" if args.adapter in UNRANKED else f"-r{args.rank}"
-    args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
+    fill_in(args)
     return args
 
 
 def add_adapter_flags(add):
     add("--adapter", default="flora", metavar="KIND",
-        help=f"{', '.join(flora.KINDS)}, an extra (ffba), or none: the base model itself")
+        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba), or none: the base model itself")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
         "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
-        "gate_proj up_proj down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj). "
-        "ffba: attn mlp, or all (default)")
+        "gate_proj up_proj down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj "
+        "down_proj). ffba: attn mlp, or all (default)")
     add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
     add("--ffba-activation", choices=["identity", "block"], default="identity",
         help="between FFBA's halves: nothing, or the block's activation")
     add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this "
         "LoRA, and train towards its predictions on --data (no labels); --steps 0 is the fit alone")
-    add("--n-layer", type=int, default=6, help="size of a base model from scratch, with "
-        "--n-head --n-embd --vocab-size")
+    add("--n-layer", type=int, default=6,
+        help="size of a base model from scratch, with --n-head --n-embd --vocab-size")
     add("--n-head", type=int, default=4)
     add("--n-embd", type=int, default=256)
     add("--vocab-size", type=int, default=4096)
@@ -645,7 +606,8 @@ def add_adapter_flags(add):
 def add_data_flags(add):
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
-    add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
+    add("--ext", nargs="+", default=[], metavar=".EXT",
+        help="take only files with these extensions")
     add("--keep-duplicates", action="store_true",
         help="train on near-duplicates too: for texts made by a program")
     add("--block-size", type=int, default=256, help="tokens per sequence")
@@ -657,7 +619,7 @@ def add_loop_flags(add):
     add("--steps", type=int, default=300)
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
-    add("--lr", type=float, help=f"peak learning rate (default: {LEARNING_RATE})")
+    add("--lr", type=float, help="peak learning rate (default: the kind's learning_rate)")
     add("--warmup", type=int, help="steps (default: a twentieth)")
     add("--clip", type=float, default=1.0, help="gradient norm")
     add("--eval-every", type=int,
@@ -686,6 +648,22 @@ def check_args(args, error):
         error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
     if args.from_lora and args.targets:
         error("--from-lora takes the LoRA's targets; leave out --targets")
+
+
+def fill_in(args):
+    """The defaults that follow from other flags."""
+    if args.lr is None and args.adapter == "none":
+        args.lr = flora.extra("pretrain", "--adapter none").LEARNING_RATE
+    elif args.lr is None:
+        args.lr = flora.adapter_class(args.adapter).learning_rate
+    if args.targets is None and args.adapter == "none":
+        args.targets = []
+    if args.warmup is None:
+        args.warmup = args.steps // 20
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    args.tokens_per_step = args.batch_size * args.grad_accum * args.block_size
+    rank = "" if args.adapter in UNRANKED else f"-r{args.rank}"
+    args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
 
 
 def main():

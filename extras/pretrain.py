@@ -3,20 +3,21 @@
   python train.py --adapter none --steps 4000 --n-layer 6 --n-embd 256 --vocab-size 4096
   python train.py --adapter none --weights base --data src/ --ext .lua
 
-OUT becomes a Hugging Face folder of StarCoder's family: generate.py --weights OUT. The embedded base
-(base/) was made by this, on Python's standard library.
+OUT becomes a Hugging Face folder, for --weights of every script. The embedded base (base/) was made
+by this, on Python's standard library.
 """
 import os
 import shlex
 import sysconfig
 from pathlib import Path
 
-import sentencepiece
 import torch
 import torch.distributed as dist
 
 import train
 from model import GPT, GPTConfig, Tokenizer
+
+LEARNING_RATE = 2e-3   # train.py's default --lr
 
 
 def default_files():
@@ -29,6 +30,7 @@ def default_files():
 
 def train_tokenizer(texts, file, vocab_size):
     """Write a sentencepiece BPE model that keeps whitespace exactly and falls back to bytes."""
+    import sentencepiece
     lines = (line for text in texts for line in text.splitlines(keepends=True))
     indents = ["\n" + " " * n for n in (2, 4, 6, 8, 12, 16, 20)]
     with open(f"{file}.tmp", "wb") as f:
@@ -77,4 +79,5 @@ def pretrain(args, device, texts, checkpoint):
         return report
     model.save_pretrained(args.out, torch.float16)
     tokenizer.save(args.out)
-    return train.finish(args, report | dict(adapter_file=None), f"--weights {shlex.quote(args.out)}")
+    hint = f"--weights {shlex.quote(args.out)}"
+    return train.finish(args, report | dict(adapter_file=None), hint)
