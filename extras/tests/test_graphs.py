@@ -1,0 +1,17 @@
+"""extras/graphs.py: a decoding step of all slots, as CUDA graphs and compiled code need it."""
+import pytest
+
+from extras.graphs import GraphEngine
+from generate import Engine, new_engine
+from test_flora import check_served
+
+
+@pytest.mark.parametrize("setting", [dict(slots=5), dict(slots=5, sync_every=4)], ids=str)
+def test_each_request_returns_what_it_returns_alone(model, expected, setting):
+    check_served(GraphEngine(model, **setting), expected)
+
+
+def test_compile_asks_for_this_engine(model):
+    assert type(new_engine(model, 3, compile=True, length=20)) is GraphEngine
+    if model.wte.weight.device.type == "cpu":
+        assert type(new_engine(model, 3, length=20)) is Engine

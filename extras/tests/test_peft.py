@@ -1,0 +1,163 @@
+"""PEFT's folders, against golden values of PEFT 0.21 that fixtures/make_golden.py made; merged folders."""
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import flora
+from extras.peft import save_peft
+from flora import BadInput
+from model import GPT, Tokenizer
+from test_flora import TINY, assert_close, random_adapter, tiny_model
+
+
+@pytest.fixture(params=["", "_llama", "_llama3"])
+def name(request):
+    return request.param
+
+
+PEFT_CONFIG = {
+    "lora": dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=8, bias="none",
+                 lora_dropout=0.1, use_dora=False, modules_to_save=None, rank_pattern={}, qalora_group_size=16),
+    "ia3": dict(peft_type="IA3", task_type="CAUSAL_LM", init_ia3_weights=True)}
+PEFT_MODULES = {  # PEFT's defaults, by family
+    "lora": [["c_attn"], ["q_proj", "v_proj"]],
+    "ia3": [["mlp.c_proj", "c_attn"], ["down_proj", "k_proj", "v_proj"]]}
+
+
+def peft_config(kind, keys):
+    """What PEFT wrote beside the tensors of these names."""
+    modules = PEFT_MODULES[kind]["self_attn" in "".join(keys)]
+    return PEFT_CONFIG[kind] | dict(target_modules=modules) | (dict(feedforward_modules=modules[:1]) if kind == "ia3" else {})
+
+
+def peft_folder(folder, kind, golden, **changes):
+    """The PEFT adapter that `golden` holds, as a folder of PEFT's. changes: of its adapter_config.json."""
+    folder.mkdir(exist_ok=True)
+    tensors = {key.removeprefix(f"{kind}:"): t for key, t in golden.items() if key.startswith(f"{kind}:")}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config(kind, tensors) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_adapter_equals_peft(tiny, golden, kind, tmp_path):
+    ids, theirs = golden["ids"], golden[f"{kind}_logits"]
+    shown = theirs.shape[1]
+    assert (theirs - golden["logits"][:, -shown:]).abs().max() > 1  # the adapter is no identity
+    adapter_id = flora.load_adapter(tiny, peft_folder(tmp_path / kind, kind, golden))
+    per_example = torch.full((len(ids),), adapter_id)
+    for path in ("expand", "materialise"):
+        for _, layer in flora.adapter_layers(tiny):
+            layer.path = path
+        assert_close(tiny(ids, per_example)[:, -shown:], theirs)
+        assert_close(tiny(ids, per_example[:, None].expand_as(ids))[:, -shown:], theirs)
+    flora.merge_adapter(tiny, adapter_id)
+    assert_close(tiny(ids)[:, -shown:], theirs)
+
+
+def test_mixed_batch_equals_hugging_face_and_peft_row_by_row(tiny, golden, tmp_path):
+    lora, ia3 = (flora.load_adapter(tiny, peft_folder(tmp_path / kind, kind, golden)) for kind in ("lora", "ia3"))
+    flora.freeze_bank(tiny)
+    adapter_ids = torch.tensor([ia3, flora.BASE, lora] * 3)
+    shown = golden["ia3_logits"].shape[1]
+    ours = tiny(golden["ids"].repeat_interleave(3, 0), adapter_ids)[:, -shown:].unflatten(0, (3, 3))
+    assert_close(ours[:, 0], golden["ia3_logits"])
+    assert_close(ours[:, 1], golden["logits"][:, -shown:])
+    assert_close(ours[:, 2], golden["lora_logits"])
+
+
+# -------------------------------------------------------------- PEFT's folders and merged checkpoints
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_peft_folder_comes_back_key_for_key_and_bit_for_bit(tiny, golden, kind, tmp_path):
+    adapter_id = flora.load_adapter(tiny, peft_folder(tmp_path / "in", kind, golden))
+    save_peft(tiny, adapter_id, tmp_path / "out", "some/base")
+    theirs, ours = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("in", "out"))
+    assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    config, wanted = json.loads((tmp_path / "out" / "adapter_config.json").read_text()), peft_config(kind, theirs)
+    for key in ("target_modules", "feedforward_modules"):   # ours are longer: attn.c_attn
+        assert all(any(m.endswith(module) for m in config[key]) for module in wanted.get(key, []))
+        assert len(config.get(key, [])) == len(wanted.get(key, []))
+    assert config["base_model_name_or_path"] == "some/base"
+    for key in ("peft_type", "r", "lora_alpha"):
+        assert config.get(key) == wanted.get(key)
+
+
+@pytest.mark.parametrize("kind,rank,targets", [("lora", 8, ["all"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
+                                               ("ia3", 1, ["all"]), ("ia3", 1, ["c_attn.k", "c_fc"])])
+def test_adapters_exported_to_peft_come_back_with_their_logits(kind, rank, targets, tmp_path):
+    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
+    wanted = model(ids, torch.tensor([random_adapter(model, kind, rank, targets)] * 2))
+    save_peft(model, 1, tmp_path)
+    other = tiny_model()
+    assert (other(ids, torch.tensor([flora.load_adapter(other, tmp_path)] * 2)) - wanted).abs().max() < 1e-5
+    flora.save_adapter(other, 1, tmp_path / "ours.safetensors")  # and in our own form
+    third = tiny_model()
+    flora.load_adapter(third, tmp_path / "ours.safetensors")
+    assert (third(ids, torch.tensor([1, 1])) - wanted).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", [""])
+def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
+    plain = flora.load_adapter(tiny, peft_folder(tmp_path / "a", "lora", golden, lora_alpha=8 * 2**0.5))
+    rslora = flora.load_adapter(tiny, peft_folder(tmp_path / "b", "lora", golden, use_rslora=True))
+    logits = tiny(golden["ids"][:1].expand(2, -1), torch.tensor([rslora, plain]))
+    assert_close(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("name", [""])
+@pytest.mark.parametrize("changes,sentence", [
+    (dict(peft_type="PREFIX_TUNING"), "peft_type is 'PREFIX_TUNING'; only LORA and IA3 can be loaded"),
+    (dict(use_dora=True), "use_dora is True, which cannot be represented here"),
+    (dict(rank_pattern={"c_attn": 4}), "rank_pattern is {'c_attn': 4}, which cannot"),
+    (dict(alpha_pattern={"c_attn": 4}), "alpha_pattern is {'c_attn': 4}, which cannot"),
+    (dict(lora_bias=True), "lora_bias is True, which cannot"),
+    (dict(bias="all"), "bias is 'all', which cannot"),
+    (dict(modules_to_save=["wte"]), "modules_to_save is ['wte'], which cannot"),
+    (dict(layers_to_transform=[0]), "layers_to_transform is [0], which cannot"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which cannot"),
+    (dict(made_up_later=1), "made_up_later is 1, which cannot"),
+    (dict(target_modules=["q_proj"]), "names 'q_proj', which is none of this model's projections: attn.c_attn, "),
+    (dict(target_modules="c_.*"), "target_modules is 'c_.*'; it must list the names of projections"),
+    (dict(target_modules=["h.0.attn.c_attn"]), "leaves out transformer.h.1.attn.c_attn but not the same projection"),
+    (dict(target_modules=["c_attn", "c_fc"]), "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight is missing"),
+    (dict(target_modules=["c_fc"]), "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight is unexpected"),
+    (dict(r=3), "c_attn.lora_A.weight has shape [2, 24], this model needs [3, 24]"),
+    (dict(r=None), "adapter_config.json: rank is None; use a whole number"),
+    (dict(lora_alpha="8"), "lora_alpha is '8'; it must be a number"),
+])
+def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(tiny, golden, tmp_path, changes, sentence):
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        flora.load_adapter(tiny, peft_folder(tmp_path / "lora", "lora", golden, **changes))
+    assert all(layer.num_adapters == 0 for _, layer in flora.adapter_layers(tiny))
+
+
+@pytest.mark.parametrize("name", [""])
+def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refused(tiny, golden, tmp_path):
+    folder = peft_folder(tmp_path / "lora", "lora", golden)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(BadInput, match="adapter_model.bin is a pickle, which is not opened; load it in PEFT and save"):
+        flora.load_adapter(tiny, folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(BadInput, match="adapter_model.safetensors: no such adapter file"):
+        flora.load_adapter(tiny, folder)
+    with pytest.raises(BadInput, match="adapter 1 is of kind flora, which PEFT does not have; .*flora.merge_adapter"):
+        save_peft(tiny, random_adapter(tiny, "flora"), tmp_path / "flora")
+    assert not (tmp_path / "flora").exists()
+
+
+@pytest.mark.parametrize("kind", ["flora", "lora", "ia3"])
+def test_a_merged_folder_holds_the_adapted_model_and_its_tokenizer(tiny, golden, kind, tmp_path):
+    wanted = tiny(golden["ids"], torch.tensor([random_adapter(tiny, kind, 2)] * 3))
+    assert (wanted - golden["logits"]).abs().max() > 0.1
+    flora.merge_adapter(tiny, 1)
+    tiny.save_pretrained(tmp_path / "merged")
+    Tokenizer(TINY).save(tmp_path / "merged")
+    assert_close(GPT.from_pretrained(tmp_path / "merged")(golden["ids"]), wanted)
+    assert sorted(os.listdir(tmp_path / "merged")) == ["config.json", "model.safetensors", "tokenizer.json"]
