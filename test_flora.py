@@ -890,7 +890,6 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     ("train", "--data {short} --block-size 64", "tokens, fewer than --block-size 64; give more files"),
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
-    ("train", "--plot {short}/a.h", "a.h: not readable as JSON"),
     ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
     ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),

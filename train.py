@@ -3,9 +3,9 @@
   python train.py --adapter flora --rank 1                      the embedded base learns C++
   python train.py --adapter lora --rank 8 --weights starcoderbase-1b --data src/ --ext .lua
   torchrun --nproc-per-node=4 train.py --adapter flora          data-parallel, same global batch
-  python train.py --adapter none                                a base model (extras/pretrain.py)
+  python train.py --adapter none                      a base model, from scratch (extras/pretrain.py)
   python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors
-                                                a LoRA's copy (extras/lora_to_flora.py)
+                                                      a LoRA's copy (extras/lora_to_flora.py)
 
 Writes OUT/adapter.safetensors (none: a Hugging Face folder), OUT/log.json and OUT/checkpoint.pt.
 Read main -> train -> train_adapter -> fit_text -> fit, which is the loop, then what they call.
@@ -33,9 +33,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flora
-from flora import BadInput, read_json, write_json
+from flora import BadInput, write_json
 from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, get_device, model_class, read_config,
-                   run_main, save_figure)
+                   run_main)
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 # torchrun's: this process's number and how many there are; without torchrun there is one.
@@ -231,11 +231,11 @@ def heldout_loss(model, data, adapter_id, dtype):
 
 
 def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, groups=None):
-    """THE loop, whatever is trained and on whatever.
+    """The one loop: of adapters, base models and copies of LoRAs. It knows nothing of text.
 
     parameters: {name: Parameter}, all of `model` that takes gradients, as a checkpoint names them.
     next_batch(step, micro) -> tensors, this process's share of a micro-batch.
-    loss(model, *tensors) -> their mean loss, on `model` made parallel and compiled where asked.
+    loss(model, *tensors) -> their mean loss; its model is ours, parallel and compiled where asked.
     heldout() -> float, measured by process 0 at the start and every args.eval_every steps.
     args: those of add_loop_flags, adapter (to name the bar) and tokens_per_step.
     checkpoint: from open_checkpoint. groups: AdamW's, to give some parameters weight decay.
@@ -365,15 +365,15 @@ def over_processes(loss, asked_to_stop):
 # ------------------------------------------------------------------------------------- checkpoints
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = {"adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext",
+RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext",
                "keep_duplicates", "steps", "batch_size", "grad_accum", "block_size", "lr", "warmup",
-               "seed", "vocab_size", "n_layer", "n_head", "n_embd", "quantize"}
+               "seed", "vocab_size", "n_layer", "n_head", "n_embd", "quantize")
 
 
 def save_checkpoint(step, parameters, optimizer, log, args):
     if RANK > 0:
         return
-    flags = {key: value for key, value in vars(args).items() if key in RESUME_KEYS}
+    flags = {key: getattr(args, key) for key in RESUME_KEYS if key in args}
     file = Path(args.out, "checkpoint.pt")
     torch.save(dict(step=step, trained=parameters, optimizer=optimizer.state_dict(), log=log,
                     args=flags), f"{file}.tmp")
@@ -548,26 +548,8 @@ def finish(args, report, hint):
     return report
 
 
-def plot(json_files, png):
-    """Held-out loss against steps, one line per --json file of a run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for file in json_files:
-        run = read_json(file)
-        if "log" not in run:
-            raise BadInput(f"--plot {file}: not a --json report of train.py")
-        rank = "" if run["adapter"] in UNRANKED else f" rank {run['rank']}"
-        label = f"{run['adapter']}{rank}, {run['trainable_parameters']:,} parameters"
-        steps, losses = zip(*((point["step"], point["heldout_loss"]) for point in run["log"]))
-        axes.plot(steps, losses, "o-", ms=3, label=label)
-    axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
-    axes.legend()
-    save_figure(figure, png, dpi=150)
-
-
 # -------------------------------------------------------------------------------------- the command
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
@@ -585,7 +567,7 @@ def parse_args(argv=None):
 
 def add_adapter_flags(add):
     add("--adapter", default="flora", metavar="KIND",
-        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba), or none: the base model itself")
+        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba, hira), or none: the base model itself")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
         "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
@@ -669,7 +651,7 @@ def fill_in(args):
 def main():
     args = parse_args()
     if args.plot:
-        return plot(args.plot, args.out)
+        return flora.extra("curves", "--plot").plot(args.plot, args.out)
     try:
         train(args)
     except FloatingPointError as e:
