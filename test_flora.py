@@ -652,55 +652,25 @@ def losses(report):
     return [(p["step"], p["loss"], p["heldout_loss"]) for p in report["log"]]
 
 
-@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "ffba", "none"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
-        kind, family, tiny_folder, tiny_llama_folder, tmp_path):
-    tiny_folder = tiny_folder if family == "gpt_bigcode" else tiny_llama_folder
-    flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02] if kind != "none" else ["--adapter", kind]
-    one, two = (run_train(tiny_folder, tmp_path / name, *flags) for name in "ab")
+def check_training(folder, out, *flags):
+    """Train twice with one seed; returns the report."""
+    one, two = (run_train(folder, out / name, *flags) for name in "ab")
     assert losses(one) == losses(two)
     assert one["heldout_loss_after"] < one["heldout_loss_before"] - 0.01
     bits = one["heldout_loss_after"] * one["heldout_tokens"] / np.log(2)
     assert one["heldout_bpb_after"] == pytest.approx(bits / one["heldout_bytes"])
     assert {"adapter", "rank", "targets", "steps", "heldout_bpb_before", "trainable_parameters",
             "total_parameters", "tokens_per_second", "seconds", "adapter_file"} <= one.keys()
-    if kind == "none":
-        model = GPT.from_pretrained(tmp_path / "a")
-        assert Tokenizer(tmp_path / "a").vocab_size == model.config.vocab_size and one["adapter_file"] is None
-        assert one["trainable_parameters"] == one["total_parameters"]
-    else:
-        model = GPT.from_pretrained(tiny_folder)
-        saved = flora.adapter_parameters(model, flora.load_adapter(model, one["adapter_file"]))
-        assert sum(p.numel() for p in saved.values()) == one["trainable_parameters"]
+    return one
 
 
-@pytest.mark.parametrize("kind", flora.KINDS)
-def test_adapters_of_a_llama_go_by_default_where_peft_puts_them(kind, tiny_llama_folder, tmp_path, monkeypatch):
-    """Trained, interrupted by nothing, resumed at its end, and used from the command line."""
-    flags = ["--adapter", kind, "--steps", 2, "--eval-every", 1]
-    for more in ([], ["--resume"]):
-        report = run_train(tiny_llama_folder, tmp_path / "run", *flags, *more)
-        assert report["targets"] == list(flora.DEFAULT_TARGETS["llama"][kind])
-    run_script(generate.main, ["generate.py", "--weights", tiny_llama_folder, "--adapter", report["adapter_file"],
-                               "--prompt", "return", "--max-new-tokens", 5, "--json", tmp_path / "o.json"], monkeypatch)
-    row, tokenizer = json.loads((tmp_path / "o.json").read_text())[0], Tokenizer(tiny_llama_folder)
-    model = GPT.from_pretrained(tiny_llama_folder)
-    adapter_id = flora.load_adapter(model, report["adapter_file"])
-    assert row["tokens"] == generate.generate(model, [[1] + tokenizer.encode("return")], [adapter_id],
-                                              max_new_tokens=5, eos_id=2)[0]
-    assert row["text"] == tokenizer.decode([i for i in row["tokens"] if i != 2], continues=True)
-
-
-def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
-    args = train.parse_args(["--adapter", "none", "--data", HEADERS, "--steps", "3", "--block-size", "32",
-                             "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "500",
-                             "--eval-tokens", "500", "--out", str(tmp_path / "base")])
-    report = train.train(args)
-    model, tokenizer = GPT.from_pretrained(tmp_path / "base"), Tokenizer(tmp_path / "base")
-    assert model.config.n_layer == 1 and tokenizer.vocab_size == 500
-    assert report["total_parameters"] == sum(p.numel() for p in model.parameters())
-    assert len(generate.generate(model, [tokenizer.encode("int x")], max_new_tokens=5)[0]) == 5
+def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
+        kind, tiny_folder, tmp_path):
+    flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02]
+    report = check_training(tiny_folder, tmp_path, *flags)
+    model = GPT.from_pretrained(tiny_folder)
+    saved = flora.adapter_parameters(model, flora.load_adapter(model, report["adapter_file"]))
+    assert sum(p.numel() for p in saved.values()) == report["trainable_parameters"]
 
 
 def start_train(*args, launcher=()):
@@ -708,8 +678,15 @@ def start_train(*args, launcher=()):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("how,kind", [(signal.SIGKILL, "flora"), (signal.SIGINT, "ffba")])
-def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, kind, tiny_folder, tmp_path):
+@pytest.fixture(params=[(signal.SIGKILL, "flora"), (signal.SIGINT, "lora")], ids=["kill", "interrupt"])
+def ending(request):
+    """How a training ends too early, and the kind of its adapter."""
+    return request.param
+
+
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(
+        ending, tiny_folder, tmp_path):
+    how, kind = ending
     flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
     process = start_train(tiny_folder, tmp_path / "cut", *flags)
     while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
@@ -732,15 +709,18 @@ def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted
         {p["step"]: p["heldout_loss"] for p in whole["log"]}, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["flora", "none"])
-def test_two_processes_give_the_losses_of_one(kind, tiny_folder, tmp_path):
+def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
+    check_two_processes("flora", tiny_folder, tmp_path)
+
+
+def check_two_processes(kind, folder, out):
     flags = ["--adapter", kind, "--grad-accum", 2, "--steps", 20]
-    process = start_train(tiny_folder, tmp_path / "two", *flags, launcher=(
+    process = start_train(folder, out / "two", *flags, launcher=(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
     printed = process.communicate()[0]
     assert process.returncode == 0, printed
-    two = json.loads((tmp_path / "two" / "log.json").read_text())
-    one = run_train(tiny_folder, tmp_path / "one", *flags)
+    two = json.loads((out / "two" / "log.json").read_text())
+    one = run_train(folder, out / "one", *flags)
     for a, b in zip(two["log"], one["log"], strict=True):
         assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], abs=1e-4)
 
@@ -896,63 +876,6 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     assert together != generate.generate(model, prompts, seed=4, **settings)
 
 
-# ----------------------------------------------------------------------------- a FLoRA from a LoRA
-
-
-def test_the_fit_recovers_what_flora_can_be_and_never_grows_worse():
-    torch.manual_seed(0)
-    W0, rank = torch.randn(12, 20), 3
-    W = W0 * (1 + torch.randn(12, rank - 1) @ torch.randn(rank - 1, 20))       # exactly W0 ∘ (rank 3)
-    A, B, errors = flora.fit_flora(W0, W, rank, rounds=100)
-    torch.testing.assert_close(W0 * (B @ A).float(), W, rtol=0, atol=1e-3)
-    lora = W0 + torch.randn(12, 2) @ torch.randn(2, 20)                        # what it cannot be
-    last = []
-    for rank in (1, 2, 4, 8, 12):
-        A, B, errors = flora.fit_flora(W0, lora, rank)
-        assert A.shape == (rank, 20) and B.shape == (12, rank)
-        assert errors[0] == pytest.approx((lora - W0).norm().item())           # the identity's
-        assert all(after <= before + 1e-9 * errors[0] for before, after in zip(errors, errors[1:]))
-        last.append(errors[-1])
-    assert last == sorted(last, reverse=True) and last[-1] < 1e-3 * errors[0]  # rank 12: all of it
-
-
-@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn.qk", "mlp.c_proj"]])
-def test_a_flora_of_full_rank_has_its_loras_logits(targets):
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
-    wanted = model(ids, torch.tensor([random_adapter(model, "lora", 2, targets, size=0.1)] * 2))
-    exact, error = flora.flora_from_lora(model, 1, 32)
-    assert error < 1e-3 and (model(ids, torch.tensor([exact] * 2)) - wanted).abs().max() < 1e-2
-    rank_2, error = flora.flora_from_lora(model, 1, 2)
-    assert 0.3 < error < 1 and [a.target for a in flora.adapters_of(model, rank_2).values()] == targets * 2
-    with pytest.raises(BadInput, match="adapter 2 is of kind flora; a FLoRA is fitted to a LoRA"):
-        flora.flora_from_lora(model, exact, 1)
-
-
-def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, tmp_path):
-    lora = run_train(tiny_folder, tmp_path / "lora", "--adapter", "lora", "--targets", "all", "--lr", 0.02)
-    flags = ["--adapter", "flora", "--rank", 2, "--from-lora", lora["adapter_file"]]
-    fit = run_train(tiny_folder, tmp_path / "fit", *flags, "--steps", 0)
-    student = run_train(tiny_folder, tmp_path / "student", *flags)
-    base, teacher = lora["heldout_loss_before"], lora["heldout_loss_after"]
-    for report in (fit, student):
-        assert (report["heldout_loss_base"], report["heldout_loss_teacher"]) == pytest.approx((base, teacher))
-        assert report["share_of_gain"] == pytest.approx((base - report["heldout_loss_after"]) / (base - teacher))
-        assert report["targets"] == ["c_attn", "c_proj", "c_fc", "mlp.c_proj"]
-        assert 0.3 < report["fit_error"] < 1
-    assert fit["heldout_loss_after"] == fit["heldout_loss_before"] == student["heldout_loss_before"]
-    assert student["share_of_gain"] > fit["share_of_gain"] + 0.05
-    resumed = run_train(tiny_folder, tmp_path / "student", *flags, "--resume")  # from its end
-    assert resumed["heldout_loss_after"] == student["heldout_loss_after"] and losses(resumed) == losses(student)
-
-    model = GPT.from_pretrained(tiny_folder)
-    adapters = [flora.load_adapter(model, r["adapter_file"]) for r in (lora, student, fit)] + [BASE]
-    x, ids = torch.randint(0, 4096, (2, 32)), torch.ones(2, dtype=torch.int64)
-    far = [train.distillation_loss(model, model, x, i * ids, adapters[0] * ids).item() for i in adapters]
-    assert abs(far[0]) < 1e-6 and far == sorted(far)   # KL: 0 of the LoRA itself, then student, fit, base
-    with pytest.raises(BadInput, match="was made with --from-lora .*adapter.safetensors, not None"):
-        run_train(tiny_folder, tmp_path / "student", "--adapter", "flora", "--rank", 2, "--resume")
-
-
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -966,12 +889,7 @@ def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, 
     ("train", "--data {short} --block-size 64", "tokens, fewer than --block-size 64; give more files"),
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
-    ("train", "--plot {short}/a.h", "a.h: not readable as JSON"),
     ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
-    ("train", "--adapter ia3 --from-lora x", "--from-lora makes a FLoRA; it does not go with --adapter ia3"),
-    ("train", "--targets c_fc --from-lora x", "--from-lora takes the LoRA's targets; leave out --targets"),
-    ("train", "--from-lora {empty}/x", "x: no such adapter file"),
-    ("train", "--from-lora {flora1} --weights {base}", "adapter 1 is of kind flora; a FLoRA is fitted to a LoRA"),
     ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),
