@@ -209,7 +209,7 @@ class FLoRA(LowRank):
 class LoRA(LowRank):
     """W0 + (alpha / r) B A (Eq. 1), initialised as in PEFT."""
     kind = "lora"
-    learning_rate = 1e-3   # the paper's 1e-4 is for 1,500 steps of a 15B model; this measured better here
+    learning_rate = 1e-3   # the paper's 1e-4 is for 1,500 steps of a 15B model
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -555,7 +555,7 @@ def adapters_of(model, adapter_id):
 
 
 def adapter_parameters(model, adapter_id):
-    """{"layer name.A": Parameter, ...} of one adapter: what to train, and what save_adapter writes."""
+    """{"layer name.A": Parameter, ...} of one adapter: what to train and what save_adapter writes."""
     return named_parameters(adapters_of(model, adapter_id))
 
 
@@ -565,7 +565,7 @@ def named_parameters(adapters):
 
 
 def remove_adapter(model, adapter_id):
-    """Take an adapter out of the model. Its id is the base model from now on, and free for the next."""
+    """Take an adapter out of the model. Its id is the base model from now on, free for the next."""
     for name in adapters_of(model, adapter_id):
         del model.get_submodule(name).adapters[str(adapter_id)]
     for _, layer in adapter_layers(model):
@@ -611,15 +611,16 @@ def merge_adapter(model, adapter_id):
 
 
 def save_adapter(model, adapter_id, file, training=None):
-    """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank, targets,
-    alpha, activation, the fingerprint of its base model and `training`, a JSON-able summary."""
+    """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank,
+    targets, alpha, activation, its base model's fingerprint and `training`, a JSON-able summary."""
     adapters = adapters_of(model, adapter_id)
     first = next(iter(adapters.values()))
-    metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha, activation=first.activation,
-                    base=model.fingerprint,
+    metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
+                    activation=first.activation, base=model.fingerprint,
                     targets=list(dict.fromkeys(a.target for a in adapters.values())),
                     training=training or {})
-    tensors = {name: p.detach().contiguous().cpu() for name, p in named_parameters(adapters).items()}
+    tensors = {name: p.detach().contiguous().cpu()
+               for name, p in named_parameters(adapters).items()}
     save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
 
 
@@ -636,8 +637,8 @@ def load_adapter(model, file):
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
     if metadata["base"] != model.fingerprint:
-        raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']}, "
-                       f"this model's is {model.fingerprint}); load that base with --weights")
+        raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
+                       f" this model's is {model.fingerprint}); load that base with --weights")
     options = {} if metadata.get("activation") is None else {"activation": metadata["activation"]}
     try:
         adapters = make_adapters(model, metadata["kind"], metadata["rank"], metadata["targets"],
@@ -652,7 +653,7 @@ def load_adapter(model, file):
 
 
 def fill(wanted, tensors, file):
-    """Copy `tensors`, read from `file`, into the tensors of the same names in `wanted`, one for one."""
+    """Copy `tensors`, read from `file`, into the tensors of the same names in `wanted`."""
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise BadInput(f"{file}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
     for name, tensor in wanted.items():
@@ -663,7 +664,7 @@ def fill(wanted, tensors, file):
 
 
 def load_tensors(file):
-    """A safetensors file of an adapter -> ({name: CPU tensor}, its "flora_adapter" metadata or None)."""
+    """An adapter's safetensors file -> ({name: CPU tensor}, "flora_adapter" metadata or None)."""
     if not os.path.isfile(file):
         raise BadInput(f"{file}: no such adapter file")
     try:
@@ -671,7 +672,8 @@ def load_tensors(file):
             metadata = json.loads((f.metadata() or {}).get("flora_adapter", "null"))
             return {name: f.get_tensor(name) for name in f.keys()}, metadata
     except (SafetensorError, json.JSONDecodeError) as e:
-        raise BadInput(f"{file}: not a readable safetensors file ({e}); copy or train it again") from e
+        raise BadInput(f"{file}: not a readable safetensors file ({e}); "
+                       "copy or train it again") from e
 
 
 def save_tensors(tensors, file, metadata):

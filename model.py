@@ -28,7 +28,7 @@ from flora import AdapterLinear, BadInput, extra, read_json, save_tensors, write
 
 @dataclass
 class GPTConfig:
-    """Sizes, by the names of StarCoder's config.json. The defaults are StarCoder's, 15B parameters."""
+    """Sizes, by the names of StarCoder's config.json. The defaults are its 15B model's."""
     vocab_size: int = 49152
     n_positions: int = 8192       # context length, in tokens
     n_embd: int = 6144
@@ -59,7 +59,8 @@ PRESETS = {
     "starcoderbase-7b": GPTConfig(n_embd=4096, n_layer=42, n_head=32, n_inner=16384),
     "starcoder": GPTConfig(activation_function="gelu"),
     # 27 M parameters, to be compared with llama-cpu on a CPU (bench.py)
-    "starcoder-cpu": GPTConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8, n_inner=2048),
+    "starcoder-cpu": GPTConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8,
+                               n_inner=2048),
 }
 
 
@@ -70,36 +71,38 @@ def preset(name):
     try:
         return extra(name.split("-")[0], name).PRESETS[name]
     except (BadInput, AttributeError, KeyError):
-        raise BadInput(f"--model {name}: unknown; use one of {', '.join(PRESETS)}, or one of extras/llama.py's"
-                       ) from None
+        raise BadInput(f"--model {name}: unknown; use one of {', '.join(PRESETS)}, "
+                       "or one of extras/llama.py's") from None
 
 
 class Where(NamedTuple):
     """Where the tokens of one call stand in their rows: made once, the same for every layer."""
-    index: tuple | None = None          # where the cache takes their keys and values; None is its start
-    mask: torch.Tensor | None = None    # [B, T, S], 0 where a token may look and -inf elsewhere; None is causal
-    rope: tuple | None = None           # a family's own (extras/llama.py)
+    index: tuple | None = None         # where the cache takes their keys and values; None: its start
+    mask: torch.Tensor | None = None   # [B, T, S], 0 where a token may look, otherwise -inf; None: causal
+    rope: tuple | None = None          # Llama's angles (extras/llama.py)
 
 
 def attend(q, k, v, mask=None, flash=True):
     """Grouped-query attention: q [B, H, T, D] over k, v [B, K, S, D], H / K query heads to each key
     head (K = 1 is multi-query attention) -> [B, H, T, D].
 
-    mask [B, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, with S = T.
-    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All query
-    heads of a key head are rows of one matmul, which for one token on a CPU is the faster way.
+    mask [B, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, S = T.
+    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All
+    query heads of a key head are rows of one matmul: for one token on a CPU that is faster.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
     mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
     if flash and not (T == 1 and q.device.type == "cpu"):
-        k, v = (x[:, :, None].expand(B, K, H // K, -1, D).flatten(1, 2) for x in (k, v))   # [B, H, S, D]
+        k, v = (x[:, :, None].expand(B, K, H // K, -1, D) for x in (k, v))
+        k, v = k.flatten(1, 2), v.flatten(1, 2)                               # [B, H, S, D]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), device=q.device).triu(1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # [B K, S, D]
     scores = (q.reshape(B * K, H // K * T, D) @ k.mT).view(B, H, T, -1)
-    weights = torch.add(mask, scores.float(), alpha=D**-0.5).softmax(-1).to(q.dtype)   # [B, H, T, S]
+    scores = torch.add(mask, scores.float(), alpha=D**-0.5)                   # [B, H, T, S]
+    weights = scores.softmax(-1).to(q.dtype)
     return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
@@ -168,7 +171,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. Parameters carry Hugging Face's names (`transformer.h.0.attn.c_attn.weight`)."""
+    """StarCoder, by Hugging Face's names (`transformer.h.0.attn.c_attn.weight`)."""
 
     # What an adapter may be told about the family's projections
     TARGETS = {  # name for --targets: the projection of a block that it adapts
@@ -184,15 +187,16 @@ class GPT(nn.Module):
 
     # Its config.json
     CONFIG = GPTConfig
-    ARCHITECTURE = dict(architectures=["GPTBigCodeForCausalLM"], attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    ARCHITECTURE = dict(architectures=["GPTBigCodeForCausalLM"],
+                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     KEYS = {}                         # {field of CONFIG: key of config.json}, where the two differ
     SUPPORTED = {  # {key of config.json: the values that are implemented, the default first}
         "multi_query": [True], "scale_attn_weights": [True], "tie_word_embeddings": [True],
         "activation_function": ["gelu_pytorch_tanh", "gelu"]}
-    SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")   # whole numbers above 0
+    SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")   # above 0
     IGNORED = ("lm_head.weight",)     # tensors that a folder may hold: a copy of the tied embedding
 
-    times_output = staticmethod(F.linear)   # (x, output embedding) -> logits; extras/packed.py has another
+    times_output = staticmethod(F.linear)   # (x, output embedding) -> logits
 
     def __init__(self, config):
         super().__init__()
@@ -203,7 +207,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() > 1:  # the norms' gains stay ones; residual projections start smaller, as in GPT-2
+            elif p.dim() > 1:  # not the norms' gains; residual projections start smaller (GPT-2)
                 last = name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
                 depth = 2 * config.n_layer if last else 1
                 nn.init.normal_(p, std=config.initializer_range / depth**0.5)
@@ -245,11 +249,12 @@ class GPT(nn.Module):
         return self.wte(ids) + (wpe.weight[:ids.shape[1]] if positions is None else wpe(positions))
 
     def where(self, x, kv_cache, positions):
-        """The Where of tokens x [B, T, C] at positions [B, T]; without a cache or positions, prefill."""
+        """The Where of x [B, T, C] at positions [B, T]; without a cache or positions, prefill."""
         if positions is None or kv_cache is None:
             return Where()
         row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
-        unseen = torch.arange(kv_cache.shape[-2], device=x.device) > positions[:, :, None]    # [B, T, S]
+        cached = torch.arange(kv_cache.shape[-2], device=x.device)            # [S]
+        unseen = cached > positions[:, :, None]                               # [B, T, S]
         mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
         return Where((every, row, every, positions), mask)
 
@@ -257,7 +262,8 @@ class GPT(nn.Module):
         """All of `forward` but the output embedding -> [B, T, C]."""
         if ids.shape[1] > self.config.n_positions:
             raise BadInput(f"{ids.shape[1]} tokens are more than the model's context of "
-                           f"{self.config.n_positions} (n_positions); shorten or truncate the prompt")
+                           f"{self.config.n_positions} (n_positions); "
+                           "shorten or truncate the prompt")
         x = self.embed(ids, positions)                                        # [B, T, C]
         where = self.where(x, kv_cache, positions)
         for i, block in enumerate(self.blocks):
@@ -284,20 +290,20 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids, adapter_ids, kv_cache, positions))
 
     def new_kv_cache(self, batch, length):
-        """An empty static cache [n_layer, 2, B, K, S, D], in the model's dtype, for `length` = S tokens."""
+        """An empty static cache for S = `length` tokens, [n_layer, 2, B, K, S, D], model's dtype."""
         c, weight = self.config, self.wte.weight
         return torch.zeros(c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim,
                            dtype=weight.dtype, device=weight.device)
 
     def set_attention(self, flash):
-        """Choose F.scaled_dot_product_attention (True) or plain math (False), as `attend` explains."""
+        """Choose F.scaled_dot_product_attention (True) or plain math (False): see `attend`."""
         for block in self.blocks:
             for part in block.children():
                 if isinstance(part, Attention):
                     part.flash = flash
 
     def pack(self):
-        """Serve with packed weights where that is faster (extras/packed.py); training ignores them."""
+        """Serve with packed weights where that is faster (extras/packed.py); not for training."""
         try:
             extra("packed", "packing").pack(self)
         except BadInput:   # without extras/ the product stays plain
@@ -312,7 +318,8 @@ class GPT(nn.Module):
         """16 hexadecimal digits that tell this base model from others, from a sample of its weights
         as they were stored (so a load in another dtype keeps it)."""
         if self._fingerprint is None:
-            self._fingerprint = fingerprint({n: sample(p) for n, p in self.base_parameters().items()})
+            samples = {name: sample(p) for name, p in self.base_parameters().items()}
+            self._fingerprint = fingerprint(samples)
         return self._fingerprint
 
     @fingerprint.setter
@@ -338,8 +345,8 @@ class GPT(nn.Module):
             if name not in parameters and name.endswith(model.IGNORED):
                 continue
             if name not in parameters:
-                raise BadInput(f"{file}: unexpected tensor {name}; the model of {folder}/config.json "
-                               "has no such parameter")
+                raise BadInput(f"{file}: unexpected tensor {name}; the model of "
+                               f"{folder}/config.json has no such parameter")
             if parameters[name].shape != tensor.shape:
                 raise BadInput(f"{file}: {name} has shape {list(tensor.shape)}, but config.json "
                                f"needs {list(parameters[name].shape)}")
@@ -362,7 +369,8 @@ class GPT(nn.Module):
         tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
                    for name, p in self.base_parameters().items()}
         save_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-        write_json(os.path.join(folder, "config.json"), self.config_json(dtype or self.wte.weight.dtype))
+        config = self.config_json(dtype or self.wte.weight.dtype)
+        write_json(os.path.join(folder, "config.json"), config)
 
     @classmethod
     def parse_config(cls, values, file):
@@ -405,8 +413,8 @@ def model_class(model_type):
     """The model of a config.json's model_type: GPT, or the MODEL of extras/MODEL_TYPE.py."""
     if model_type == GPT.CONFIG.model_type:
         return GPT
-    unknown = BadInput(f"model_type is {model_type!r}, but only 'gpt_bigcode' or a family that extras/ "
-                       f"holds is supported (there is no extras/{model_type}.py for it)")
+    unknown = BadInput(f"model_type is {model_type!r}, but only 'gpt_bigcode' or a family that "
+                       f"extras/ holds is supported (there is no extras/{model_type}.py for it)")
     if not (isinstance(model_type, str) and model_type.isidentifier()):
         raise unknown
     try:
@@ -448,7 +456,7 @@ def fingerprint(samples):
 
 
 def weight_files(folder):
-    """The files that hold a folder's weights: one, or the shards of an index; BadInput if one is missing."""
+    """The files that hold a folder's weights: one, or the shards of an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         file, index = os.path.join(folder, name), os.path.join(folder, f"{name}.index.json")
         if os.path.exists(file):
@@ -457,12 +465,15 @@ def weight_files(folder):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{index}: has no weight_map; download it again")
-            shards = [os.path.join(folder, os.path.basename(s)) for s in sorted(set(weight_map.values()))]
+            names = sorted(set(weight_map.values()))
+            shards = [os.path.join(folder, os.path.basename(name)) for name in names]
             for shard in shards:
                 if not os.path.exists(shard):
-                    raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")
+                    raise BadInput(f"{shard}: this shard, named in {index}, is missing; "
+                                   "download it again")
             return shards
-    raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+    raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, "
+                   "nor an index of shards")
 
 
 def stored_tensors(folder):
@@ -476,12 +487,13 @@ def stored_tensors(folder):
             else:
                 with safe_open(file, "pt") as f:
                     yield from ((file, name, f.get_tensor(name)) for name in f.keys())
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
-                AttributeError) as e:
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
+                ValueError, AttributeError) as e:
             if isinstance(e, BadInput):
                 raise
             reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise BadInput(f"{file}: truncated or not a weight file ({reason}); download it again") from e
+            raise BadInput(f"{file}: truncated or not a weight file ({reason}); "
+                           "download it again") from e
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -490,78 +502,100 @@ FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 
 
-class Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json (by `tokenizers`) or tokenizer.model (by
-    `sentencepiece`; the embedded model's, Llama 2's). decode(encode(text)) == text, but for the
-    character ▁ (U+2581) in a tokenizer.json of Llama 2's kind, which takes it for a space.
+class JsonTokenizer:
+    """tokenizer.json, by `tokenizers`."""
 
-    eos_id: what ends a text: config.json's eos_token_id (of several the first; generate.py's --stop
-    takes the others), else the first of EOS_TOKENS that it has.
-    bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
-    fim_ids: the ids of FIM_TOKENS, or None.
-    """
-
-    def __init__(self, folder):
-        self.files = [f for f in (os.path.join(folder, name) for name in
-                                  ("tokenizer.json", "tokenizer.model")) if os.path.isfile(f)]
-        if not self.files:
-            raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
-        try:
-            if self.files[0].endswith(".json"):
-                from tokenizers import Tokenizer as HFTokenizer
-                self.hf, self.sp = HFTokenizer.from_file(self.files[0]), None
-                marked, plain = (self.hf.encode("a", add_special_tokens=add).ids for add in (True, False))
-                self.bos_id = None if marked[:1] == plain[:1] else marked[0]
-            else:
-                from sentencepiece import SentencePieceProcessor
-                with open(self.files[0], "rb") as f:
-                    proto = f.read()
-                normal = SentencePieceProcessor(model_proto=proto).normalize("a")
-                # Llama's puts a space before a text. encode does that instead, so that a text may come in
-                # parts: a field at the end of a protobuf, normalizer_spec.add_dummy_prefix = 0, overrides
-                self.hf, self.sp = None, SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
-                self.prefix = " " if normal.startswith("▁") else ""
-                self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
-        except Exception as e:  # tokenizers raises plain Exception
-            raise BadInput(f"{self.files[0]}: not a readable tokenizer ({e})") from e
-        config = os.path.join(folder, "config.json")
-        ends = read_json(config).get("eos_token_id") if os.path.isfile(config) else None
-        ends = ends if isinstance(ends, list) else [ends, *map(self.token_id, EOS_TOKENS)]
-        self.eos_id = next((i for i in ends if i is not None), None)
-        if self.eos_id is None:
-            raise BadInput(f"{self.files[0]}: has none of {', '.join(EOS_TOKENS)}, and config.json no eos_token_id")
-        fim_ids = [self.token_id(token) for token in FIM_TOKENS]
-        self.fim_ids = None if None in fim_ids else fim_ids
+    def __init__(self, file):
+        from tokenizers import Tokenizer as HFTokenizer
+        self.hf = HFTokenizer.from_file(file)
+        self.vocab_size = self.hf.get_vocab_size()
+        marked, plain = self.hf.encode("a").ids, self.encode("a")
+        self.bos_id = None if marked[:1] == plain[:1] else marked[0]
 
     def token_id(self, token):
-        if self.hf:
-            return self.hf.token_to_id(token)
+        return self.hf.token_to_id(token)
+
+    def encode(self, text):
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.hf.decode(ids, skip_special_tokens=False)
+
+
+class PieceTokenizer:
+    """tokenizer.model, by `sentencepiece`."""
+
+    def __init__(self, file):
+        from sentencepiece import SentencePieceProcessor
+        with open(file, "rb") as f:
+            proto = f.read()
+        normal = SentencePieceProcessor(model_proto=proto).normalize("a")
+        self.prefix = " " if normal.startswith("▁") else ""
+        # Llama's puts a space before a text. encode does that instead, so that a text may come in
+        # parts: a field after the protobuf's end, normalizer_spec.add_dummy_prefix = 0, overrides
+        self.sp = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+        self.vocab_size = self.sp.vocab_size()
+        self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
+
+    def token_id(self, token):
         i = self.sp.piece_to_id(token)
         return None if i == self.sp.unk_id() else i
 
-    @property
-    def vocab_size(self):
-        return self.hf.get_vocab_size() if self.hf else self.sp.vocab_size()
-
-    def encode(self, text, bos=False):
-        """text -> list of ids. No special token is added, but with bos=True the bos_id, if there is one."""
-        if bos and self.bos_id is not None:
-            return [self.bos_id] + self.encode(text)
-        if self.hf:
-            return self.hf.encode(text, add_special_tokens=False).ids
+    def encode(self, text):
         text = self.prefix + text if text else text
         # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
         low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         first, *rest = (self.sp.encode(part) for part in text.split("▁"))
         return first + [i for part in rest for i in low_line + part]
 
+    def decode(self, ids):
+        return self.sp.decode(ids).removeprefix(self.prefix)
+
+
+class Tokenizer:
+    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model (the embedded model's,
+    Llama 2's). decode(encode(text)) == text, but for the character ▁ (U+2581) in a tokenizer.json
+    of Llama 2's kind, which takes it for a space.
+
+    eos_id: what ends a text: config.json's eos_token_id (of several the first; generate.py's --stop
+    takes the others), or the first of EOS_TOKENS that it has.
+    bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
+    fim_ids: the ids of FIM_TOKENS, or None.
+    """
+
+    def __init__(self, folder):
+        files = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model")]
+        self.files = [file for file in files if os.path.isfile(file)]
+        if not self.files:
+            raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
+        file = self.files[0]
+        try:
+            self.backend = (JsonTokenizer if file.endswith(".json") else PieceTokenizer)(file)
+        except Exception as e:  # tokenizers raises plain Exception
+            raise BadInput(f"{file}: not a readable tokenizer ({e})") from e
+        self.vocab_size, self.bos_id = self.backend.vocab_size, self.backend.bos_id
+        self.token_id = self.backend.token_id   # (text of a token) -> its id, or None
+        config = os.path.join(folder, "config.json")
+        ends = read_json(config).get("eos_token_id") if os.path.isfile(config) else None
+        ends = ends if isinstance(ends, list) else [ends, *map(self.token_id, EOS_TOKENS)]
+        self.eos_id = next((i for i in ends if i is not None), None)
+        if self.eos_id is None:
+            raise BadInput(f"{file}: has none of {', '.join(EOS_TOKENS)}, "
+                           "and config.json no eos_token_id")
+        fim_ids = [self.token_id(token) for token in FIM_TOKENS]
+        self.fim_ids = None if None in fim_ids else fim_ids
+
+    def encode(self, text, bos=False):
+        """text -> list of ids. No special token is added, but with bos=True the bos_id, if any."""
+        start = [self.bos_id] if bos and self.bos_id is not None else []
+        return start + self.backend.encode(text)
+
     def decode(self, ids, continues=False):
-        """list of ids -> text; bytes that are not UTF-8 become U+FFFD. continues: the ids go on from a text
-        (a prompt), so that a space at their start is part of the text."""
-        ids = (self.encode("x") if continues else []) + list(ids)
-        text = (self.hf.decode(ids, skip_special_tokens=False) if self.hf
-                else self.sp.decode(ids).removeprefix(self.prefix))
-        return text[1:] if continues else text
+        """list of ids -> text; bytes that are not UTF-8 become U+FFFD. continues: the ids go on
+        from a text (a prompt), so that a space at their start is part of the text."""
+        if continues:
+            return self.backend.decode(self.encode("x") + list(ids))[1:]
+        return self.backend.decode(list(ids))
 
     def save(self, folder):
         """Copy the tokenizer's file into another model folder."""
@@ -576,14 +610,15 @@ EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
 
 
 def add_common_flags(parser, dtypes):
-    """--weights, --device, --dtype, --quantize, --seed and --json, with the same meaning in every script."""
+    """The flags that mean the same in every script."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--weights", metavar="FOLDER", default=EMBEDDED,
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
                         help="default: bfloat16 on cuda, else float32")
-    parser.add_argument("--quantize", choices=["int8"], help="hold the base's projections as int8, a scale per output")
+    parser.add_argument("--quantize", choices=["int8"],
+                        help="hold the base's projections as int8, a scale per output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 

@@ -117,7 +117,7 @@ def test_llama_tokenizers_put_their_bos_before_a_text_and_read_their_eos(llama_s
     for kind, bos, eos in [("tiny", None, 0), ("tiny_llama", 1, 2), ("tiny_llama3", 0, 1)]:
         tokenizer = Tokenizer(FIXTURES / kind)
         assert (tokenizer.bos_id, tokenizer.eos_id) == (bos, eos)
-        whole = tokenizer.hf.encode("return x").ids   # with what the family's post-processor adds
+        whole = tokenizer.backend.hf.encode("return x").ids   # with what the family's post-processor adds
         assert tokenizer.encode("return x", bos=True) == whole
         assert tokenizer.encode("return x") == whole[bos is not None:]
     Tokenizer(llama_sentencepiece).save(tmp_path)
