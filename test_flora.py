@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import evaluate
 import flora
 import generate
 import train
@@ -653,55 +652,25 @@ def losses(report):
     return [(p["step"], p["loss"], p["heldout_loss"]) for p in report["log"]]
 
 
-@pytest.mark.parametrize("kind", ["flora", "lora", "ia3", "ffba", "none"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
-        kind, family, tiny_folder, tiny_llama_folder, tmp_path):
-    tiny_folder = tiny_folder if family == "gpt_bigcode" else tiny_llama_folder
-    flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02] if kind != "none" else ["--adapter", kind]
-    one, two = (run_train(tiny_folder, tmp_path / name, *flags) for name in "ab")
+def check_training(folder, out, *flags):
+    """Train twice with one seed; returns the report."""
+    one, two = (run_train(folder, out / name, *flags) for name in "ab")
     assert losses(one) == losses(two)
     assert one["heldout_loss_after"] < one["heldout_loss_before"] - 0.01
     bits = one["heldout_loss_after"] * one["heldout_tokens"] / np.log(2)
     assert one["heldout_bpb_after"] == pytest.approx(bits / one["heldout_bytes"])
     assert {"adapter", "rank", "targets", "steps", "heldout_bpb_before", "trainable_parameters",
             "total_parameters", "tokens_per_second", "seconds", "adapter_file"} <= one.keys()
-    if kind == "none":
-        model = GPT.from_pretrained(tmp_path / "a")
-        assert Tokenizer(tmp_path / "a").vocab_size == model.config.vocab_size and one["adapter_file"] is None
-        assert one["trainable_parameters"] == one["total_parameters"]
-    else:
-        model = GPT.from_pretrained(tiny_folder)
-        saved = flora.adapter_parameters(model, flora.load_adapter(model, one["adapter_file"]))
-        assert sum(p.numel() for p in saved.values()) == one["trainable_parameters"]
+    return one
 
 
-@pytest.mark.parametrize("kind", flora.KINDS)
-def test_adapters_of_a_llama_go_by_default_where_peft_puts_them(kind, tiny_llama_folder, tmp_path, monkeypatch):
-    """Trained, interrupted by nothing, resumed at its end, and used from the command line."""
-    flags = ["--adapter", kind, "--steps", 2, "--eval-every", 1]
-    for more in ([], ["--resume"]):
-        report = run_train(tiny_llama_folder, tmp_path / "run", *flags, *more)
-        assert report["targets"] == list(flora.DEFAULT_TARGETS["llama"][kind])
-    run_script(generate.main, ["generate.py", "--weights", tiny_llama_folder, "--adapter", report["adapter_file"],
-                               "--prompt", "return", "--max-new-tokens", 5, "--json", tmp_path / "o.json"], monkeypatch)
-    row, tokenizer = json.loads((tmp_path / "o.json").read_text())[0], Tokenizer(tiny_llama_folder)
-    model = GPT.from_pretrained(tiny_llama_folder)
-    adapter_id = flora.load_adapter(model, report["adapter_file"])
-    assert row["tokens"] == generate.generate(model, [[1] + tokenizer.encode("return")], [adapter_id],
-                                              max_new_tokens=5, eos_id=2)[0]
-    assert row["text"] == tokenizer.decode([i for i in row["tokens"] if i != 2], continues=True)
-
-
-def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
-    args = train.parse_args(["--adapter", "none", "--data", HEADERS, "--steps", "3", "--block-size", "32",
-                             "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "500",
-                             "--eval-tokens", "500", "--out", str(tmp_path / "base")])
-    report = train.train(args)
-    model, tokenizer = GPT.from_pretrained(tmp_path / "base"), Tokenizer(tmp_path / "base")
-    assert model.config.n_layer == 1 and tokenizer.vocab_size == 500
-    assert report["total_parameters"] == sum(p.numel() for p in model.parameters())
-    assert len(generate.generate(model, [tokenizer.encode("int x")], max_new_tokens=5)[0]) == 5
+def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
+        kind, tiny_folder, tmp_path):
+    flags = ["--adapter", kind, "--targets", "all", "--lr", 0.02]
+    report = check_training(tiny_folder, tmp_path, *flags)
+    model = GPT.from_pretrained(tiny_folder)
+    saved = flora.adapter_parameters(model, flora.load_adapter(model, report["adapter_file"]))
+    assert sum(p.numel() for p in saved.values()) == report["trainable_parameters"]
 
 
 def start_train(*args, launcher=()):
@@ -709,8 +678,15 @@ def start_train(*args, launcher=()):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.parametrize("how,kind", [(signal.SIGKILL, "flora"), (signal.SIGINT, "ffba")])
-def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(how, kind, tiny_folder, tmp_path):
+@pytest.fixture(params=[(signal.SIGKILL, "flora"), (signal.SIGINT, "lora")], ids=["kill", "interrupt"])
+def ending(request):
+    """How a training ends too early, and the kind of its adapter."""
+    return request.param
+
+
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(
+        ending, tiny_folder, tmp_path):
+    how, kind = ending
     flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
     process = start_train(tiny_folder, tmp_path / "cut", *flags)
     while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
@@ -733,15 +709,18 @@ def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted
         {p["step"]: p["heldout_loss"] for p in whole["log"]}, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["flora", "none"])
-def test_two_processes_give_the_losses_of_one(kind, tiny_folder, tmp_path):
+def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
+    check_two_processes("flora", tiny_folder, tmp_path)
+
+
+def check_two_processes(kind, folder, out):
     flags = ["--adapter", kind, "--grad-accum", 2, "--steps", 20]
-    process = start_train(tiny_folder, tmp_path / "two", *flags, launcher=(
+    process = start_train(folder, out / "two", *flags, launcher=(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
     printed = process.communicate()[0]
     assert process.returncode == 0, printed
-    two = json.loads((tmp_path / "two" / "log.json").read_text())
-    one = run_train(tiny_folder, tmp_path / "one", *flags)
+    two = json.loads((out / "two" / "log.json").read_text())
+    one = run_train(folder, out / "one", *flags)
     for a, b in zip(two["log"], one["log"], strict=True):
         assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], abs=1e-4)
 
@@ -897,63 +876,6 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     assert together != generate.generate(model, prompts, seed=4, **settings)
 
 
-# ----------------------------------------------------------------------------- a FLoRA from a LoRA
-
-
-def test_the_fit_recovers_what_flora_can_be_and_never_grows_worse():
-    torch.manual_seed(0)
-    W0, rank = torch.randn(12, 20), 3
-    W = W0 * (1 + torch.randn(12, rank - 1) @ torch.randn(rank - 1, 20))       # exactly W0 ∘ (rank 3)
-    A, B, errors = flora.fit_flora(W0, W, rank, rounds=100)
-    torch.testing.assert_close(W0 * (B @ A).float(), W, rtol=0, atol=1e-3)
-    lora = W0 + torch.randn(12, 2) @ torch.randn(2, 20)                        # what it cannot be
-    last = []
-    for rank in (1, 2, 4, 8, 12):
-        A, B, errors = flora.fit_flora(W0, lora, rank)
-        assert A.shape == (rank, 20) and B.shape == (12, rank)
-        assert errors[0] == pytest.approx((lora - W0).norm().item())           # the identity's
-        assert all(after <= before + 1e-9 * errors[0] for before, after in zip(errors, errors[1:]))
-        last.append(errors[-1])
-    assert last == sorted(last, reverse=True) and last[-1] < 1e-3 * errors[0]  # rank 12: all of it
-
-
-@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn.qk", "mlp.c_proj"]])
-def test_a_flora_of_full_rank_has_its_loras_logits(targets):
-    model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
-    wanted = model(ids, torch.tensor([random_adapter(model, "lora", 2, targets, size=0.1)] * 2))
-    exact, error = flora.flora_from_lora(model, 1, 32)
-    assert error < 1e-3 and (model(ids, torch.tensor([exact] * 2)) - wanted).abs().max() < 1e-2
-    rank_2, error = flora.flora_from_lora(model, 1, 2)
-    assert 0.3 < error < 1 and [a.target for a in flora.adapters_of(model, rank_2).values()] == targets * 2
-    with pytest.raises(BadInput, match="adapter 2 is of kind flora; a FLoRA is fitted to a LoRA"):
-        flora.flora_from_lora(model, exact, 1)
-
-
-def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, tmp_path):
-    lora = run_train(tiny_folder, tmp_path / "lora", "--adapter", "lora", "--targets", "all", "--lr", 0.02)
-    flags = ["--adapter", "flora", "--rank", 2, "--from-lora", lora["adapter_file"]]
-    fit = run_train(tiny_folder, tmp_path / "fit", *flags, "--steps", 0)
-    student = run_train(tiny_folder, tmp_path / "student", *flags)
-    base, teacher = lora["heldout_loss_before"], lora["heldout_loss_after"]
-    for report in (fit, student):
-        assert (report["heldout_loss_base"], report["heldout_loss_teacher"]) == pytest.approx((base, teacher))
-        assert report["share_of_gain"] == pytest.approx((base - report["heldout_loss_after"]) / (base - teacher))
-        assert report["targets"] == ["c_attn", "c_proj", "c_fc", "mlp.c_proj"]
-        assert 0.3 < report["fit_error"] < 1
-    assert fit["heldout_loss_after"] == fit["heldout_loss_before"] == student["heldout_loss_before"]
-    assert student["share_of_gain"] > fit["share_of_gain"] + 0.05
-    resumed = run_train(tiny_folder, tmp_path / "student", *flags, "--resume")  # from its end
-    assert resumed["heldout_loss_after"] == student["heldout_loss_after"] and losses(resumed) == losses(student)
-
-    model = GPT.from_pretrained(tiny_folder)
-    adapters = [flora.load_adapter(model, r["adapter_file"]) for r in (lora, student, fit)] + [BASE]
-    x, ids = torch.randint(0, 4096, (2, 32)), torch.ones(2, dtype=torch.int64)
-    far = [train.distillation_loss(model, model, x, i * ids, adapters[0] * ids).item() for i in adapters]
-    assert abs(far[0]) < 1e-6 and far == sorted(far)   # KL: 0 of the LoRA itself, then student, fit, base
-    with pytest.raises(BadInput, match="was made with --from-lora .*adapter.safetensors, not None"):
-        run_train(tiny_folder, tmp_path / "student", "--adapter", "flora", "--rank", 2, "--resume")
-
-
 # -------------------------------------------------------------------------------------- bad input
 
 
@@ -967,12 +889,7 @@ def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, 
     ("train", "--data {short} --block-size 64", "tokens, fewer than --block-size 64; give more files"),
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
-    ("train", "--plot {short}/a.h", "a.h: not readable as JSON"),
     ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
-    ("train", "--adapter ia3 --from-lora x", "--from-lora makes a FLoRA; it does not go with --adapter ia3"),
-    ("train", "--targets c_fc --from-lora x", "--from-lora takes the LoRA's targets; leave out --targets"),
-    ("train", "--from-lora {empty}/x", "x: no such adapter file"),
-    ("train", "--from-lora {flora1} --weights {base}", "adapter 1 is of kind flora; a FLoRA is fitted to a LoRA"),
     ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),
@@ -1021,9 +938,34 @@ def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(tiny_folder, tm
 # ----------------------------------------------------------------------------------------- serving
 
 
-SERVED = {"gpt_bigcode": [   # kind, rank, targets of the adapters that served_model has by default
+# By family: kind, rank, targets of the adapters of one served model. extras/tests adds families.
+SERVED = {"gpt_bigcode": [
     ("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["c_attn.qk"]),
     ("lora", 1, ["all"]), ("flora", 2, ["all"])]}
+
+
+@pytest.fixture(scope="module")
+def served(family):
+    return SERVED[family]
+
+
+@pytest.fixture(scope="module")
+def model(family, served):
+    return served_model(served, family)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
+    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
+    requests, alone = served_requests(40, adapters), []
+    for i, (prompt, settings) in enumerate(requests):
+        ids = plain(model, prompt, **settings)
+        if i % 2:
+            settings["eos_id"] = ids[len(ids) // 2]
+            ids = ids[:ids.index(settings["eos_id"]) + 1]
+        alone.append(ids)
+    return requests, alone
 
 
 def trained(model, adapter_id, seed=0):
@@ -1036,7 +978,8 @@ def trained(model, adapter_id, seed=0):
 
 def served_model(kinds=None, family="gpt_bigcode"):
     torch.manual_seed(0)
-    model = model_from_config(replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128))
+    model = model_from_config(
+        replace(CONFIGS[family], vocab_size=97, n_positions=64, n_embd=64, n_inner=128))
     for kind, rank, targets in SERVED[family] if kinds is None else kinds:
         trained(model, flora.add_adapter(model, kind, rank, targets))
     return model
@@ -1070,25 +1013,6 @@ def plain(model, prompt, adapter_id=BASE, max_new_tokens=64, temperature=0.0, to
         settings = torch.tensor([temperature]), torch.tensor([top_k]), torch.tensor([top_p])
         ids.append(int(generate.sample(logits, *settings, u[i:i + 1])))
     return ids[len(prompt):]
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return served_model(family=family)
-
-
-@pytest.fixture(scope="module")
-def expected(model):
-    """40 requests and what each returns alone; every second one ends before its limit, at an eos_id."""
-    adapters = max(layer.num_adapters for _, layer in flora.adapter_layers(model))
-    requests, alone = served_requests(40, adapters), []
-    for i, (prompt, settings) in enumerate(requests):
-        ids = plain(model, prompt, **settings)
-        if i % 2:
-            settings["eos_id"] = ids[len(ids) // 2]
-            ids = ids[:ids.index(settings["eos_id"]) + 1]
-        alone.append(ids)
-    return requests, alone
 
 
 def check_served(engine, expected, every=1):
@@ -1290,412 +1214,3 @@ def test_measured_free_and_inflection_ranks():
     assert bench.measured_free_ranks(rows, "flora-eq6") is None
     assert bench.measured_inflection(rows, "lora-token") == pytest.approx(3)
     assert bench.measured_inflection(rows, "lora-example") is None
-
-
-# ------------------------------------------------------------------------------ pass@k by execution
-
-
-def needs(language):
-    """Skip, saying what is missing, where a language cannot be run."""
-    try:
-        evaluate.interpreter_of(language)
-    except BadInput as e:
-        pytest.skip(str(e))
-
-
-@pytest.fixture(params=["namespaces", "no namespaces"])
-def sandbox(request, monkeypatch):
-    """Both ways to contain programs, with small limits, and a file name that no other process has."""
-    if request.param == "namespaces" and evaluate.no_namespaces():
-        pytest.skip(f"namespaces are not to be had here: {evaluate.no_namespaces()}")
-    needs("py")
-    if request.param == "no namespaces":
-        monkeypatch.setattr(evaluate, "no_namespaces", lambda: "switched off by a test")
-    for name, value in dict(memory=256 << 20, file=1 << 20, disk=4 << 20).items():
-        monkeypatch.setitem(evaluate.LIMITS, name, value)
-    name = f"hostile-{os.getpid()}-{time.monotonic_ns()}.py"
-    monkeypatch.setitem(evaluate.LANGUAGES, "py", evaluate.LANGUAGES["py"]._replace(file=name))
-    folder = tempfile.mkdtemp()  # not tmp_path, which other users cannot enter
-    os.chmod(folder, 0o755)
-    monkeypatch.setattr(tempfile, "tempdir", folder)
-    yield name
-    os.rmdir(folder)  # nothing is left in it
-
-
-HOSTILE = {  # (program, seconds it gets, outcomes that are right)
-    "forks without end": ("""
-import os
-while True:
-    try:
-        os.fork()
-    except OSError:
-        pass""", 1, {"timeout"}),
-    "leaves a daemon": ("""
-import os, time
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        time.sleep(60)
-    os._exit(0)""", 60, {"passed"}),
-    "writes one large file": ("open('a', 'w').write('x' * 2**24)", 60, {"failed", "limit"}),
-    "writes many files": ("""
-for i in range(10**9):
-    open(f'{i}', 'w').write('x' * 2**19)""", 60, {"failed", "limit"}),
-    "prints without end": ("while True: print('x' * 10000)", 60, {"limit"}),
-    "prints without end and hides it": ("""
-while True:
-    try:
-        print('x' * 10000, flush=True)
-    except OSError:
-        pass""", 1, {"timeout", "limit"}),
-    "ignores SIGTERM": ("""
-import signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-time.sleep(60)""", 0.5, {"timeout"}),
-    "takes memory without end": ("""
-hoard = []
-while True:
-    hoard.append(bytearray(10**7))""", 60, {"failed"}),
-    "exits before its tests": ("import os; os._exit(0)", 60, {"failed"}),
-    "prints and exits before its tests": ("print('ok'); raise SystemExit(0)", 60, {"failed"}),
-    "deletes its folder": ("import os, shutil; shutil.rmtree(os.getcwd(), ignore_errors=True)", 60, {"passed"}),
-    "nests folders without end": ("""
-import os
-for i in range(1500):
-    os.mkdir('d'); os.chdir('d')""", 60, {"passed", "failed", "limit"}),
-    "reads standard input": ("import sys; assert sys.stdin.read() == ''", 60, {"passed"}),
-}
-
-
-def left_over(name):
-    """Live processes with `name` on their command line, but for this one."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if name in (folder / "cmdline").read_text() and int(folder.name) != os.getpid():
-                found.append(folder.name)
-        except OSError:
-            pass
-    return found
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_program_neither_passes_nor_outlives_its_run(what, sandbox):
-    program, timeout, right = HOSTILE[what]
-    outcome = evaluate.run_program("py", program, timeout)
-    assert outcome.outcome in right, outcome
-    assert not left_over(sandbox)
-
-
-def test_a_namespace_hides_network_processes_and_files(tmp_path, monkeypatch):
-    needs("py")
-    if evaluate.no_namespaces():
-        pytest.skip(f"namespaces are not to be had here: {evaluate.no_namespaces()}")
-    monkeypatch.setenv("SECRET", "1")
-    tmp_path.chmod(0o777)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        outcome = evaluate.run_program("py", f"""
-import os, signal, socket
-def refused(act, *args):
-    try:
-        act(*args)
-    except OSError:
-        return True
-assert refused(socket.create_connection, ("127.0.0.1", {server.getsockname()[1]}), 1)
-for file in ("{tmp_path}/a", "/tmp/a", "/dev/shm/a", "/var/tmp/a"):
-    assert refused(open, file, "w"), file
-open("own", "w").write("x")
-assert "SECRET" not in os.environ and refused(os.kill, {os.getpid()}, 0)
-refused(os.kill, os.getppid(), signal.SIGSTOP)
-refused(os.kill, -1, signal.SIGKILL)""", 60)
-    assert outcome.outcome == "passed", outcome
-
-
-MULTIPLE = {  # language: a prompt, a completion that passes, one that fails, one that leaves, tests as MultiPL-E writes them
-    "py": ("def add(a, b):", "\n    return a + b", "\n    return a", "\n    exit(0)", """
-def check(candidate):
-    assert candidate(1, 2) == 3
-def test_check():
-    check(add)
-test_check()"""),
-    "sh": ("add() {", "\n    echo $(($1 + $2))\n}", "\n    echo $1\n}", "\n    echo 3\n}\nexit 0", """
-candidate() {
-    add "$@"
-}
-set -e
-run_test() {
-    [[ $(candidate "1" "2") = "3" ]]
-}
-run_test"""),
-    "pl": ("sub add {", "\n    return $_[0] + $_[1];\n}", "\n    return 1;\n}", "\n    exit 0;\n}", """
-sub testhumaneval {
-    my $candidate = \\&add;
-    if ($candidate->(1, 2) == 3) { print "ok!" } else { print "not okay!"; exit 1; }
-}
-testhumaneval();"""),
-    "js": ("function add(a, b){", "\n  return a + b\n}", "\n  return a\n}", "\n  process.exit(0)\n}", """
-const assert = require('node:assert');
-function test() {
-  let candidate = add;
-  assert.deepEqual(candidate(1, 2), 3);
-}
-test();"""),
-    "lua": ("local function add(a, b)", "\n  return a + b\nend", "\n  return a\nend", "\n  os.exit(0)\nend", """
-lu = require('luaunit')
-function test_humaneval()
-    local candidate = add
-    lu.assertEquals(candidate(1, 2), 3)
-end
-os.exit(lu.LuaUnit.run())"""),
-    "rb": ("def add(a, b)", "\n  a + b\nend", "\n  a\nend", "\n  exit(0)\nend", """
-require 'test/unit'
-class TestHumanEval < Test::Unit::TestCase
-  def test_add
-    candidate = method(:add)
-    assert_equal(3, candidate.call(1, 2))
-  end
-end"""),
-    "r": ("add <- function(a, b) {", "\n  a + b\n}", "\n  a\n}", "\n  quit('no', 0)\n}", """
-test_humaneval <- function() {
-    candidate <- add
-    if(!identical(candidate(1, 2), 3)){quit('no', 1)}
-}
-test_humaneval()"""),
-}
-
-
-@pytest.mark.parametrize("language", MULTIPLE)
-def test_multipl_e_programs_pass_fail_and_leave_early_in_every_language(language):
-    needs(language)
-    prompt, right, wrong, leaving, tests = MULTIPLE[language]
-    try:
-        evaluate.check_languages([evaluate.Problem("f", "n", language, prompt, tests, [])])
-    except BadInput as e:
-        pytest.skip(str(e))
-    outcomes = [evaluate.run_program(language, f"{prompt}{c}\n{tests}", 60) for c in (right, wrong, leaving, " (")]
-    assert [o.outcome for o in outcomes] == ["passed", "failed", "failed", "failed"], outcomes
-
-
-def add_problems(file, language, names=("a", "b")):
-    """A MultiPL-E file whose problems are all `add`."""
-    prompt, *_, tests = MULTIPLE[language]
-    return write_jsonl(file, [dict(name=name, language=language, prompt=prompt, tests=tests, stop_tokens=["\n\n"])
-                              for name in names])
-
-
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_pass():
-    from itertools import combinations
-    for n, c, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (6, 6, 4), (7, 1, 7), (4, 3, 2)]:
-        subsets = list(combinations([True] * c + [False] * (n - c), k))
-        assert abs(evaluate.pass_at_k(n, c, k) - sum(map(any, subsets)) / len(subsets)) < 1e-12
-    assert evaluate.mean_and_error([0.5]) == (0.5, None)
-    mean, error = evaluate.mean_and_error([0.0, 1.0, 1.0, 0.5])
-    assert mean == 0.625 and abs(error - np.std([0, 1, 1, 0.5], ddof=1) / 2) < 1e-12
-
-
-def test_known_completions_in_three_languages_get_their_pass_at_k(tmp_path, monkeypatch, capsys):
-    """And a run that was cut off does only what is missing, and refuses other settings."""
-    languages = ["py", "sh", "pl"]
-    for language in languages:
-        needs(language)
-    files = [add_problems(tmp_path / f"{language}.jsonl", language) for language in languages]
-    given = [dict(name=name, file=f"{language}.jsonl", completion=MULTIPLE[language][which])
-             for language in languages for name, pattern in [("a", [1, 2, 1]), ("b", [2, 3, 2])] for which in pattern]
-    completions, results = write_jsonl(tmp_path / "given.jsonl", given), tmp_path / "out" / "results.jsonl"
-
-    def main(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *map(str, flags), "--results", str(results),
-                                          "--i-trust-the-code"])
-        evaluate.main()
-        return capsys.readouterr().out
-    flags = [*files, "--completions", completions, "--k", 1, 2, "--json", tmp_path / "out.json", "--timeout", 60]
-    table = main(*flags)
-    for row in json.loads((tmp_path / "out.json").read_text())["rows"]:
-        assert (row["problems"], row["samples"], row["passed"], row["failed"]) == (2, 6, 2, 4)
-        assert abs(row["pass@1"] - 1 / 3) < 1e-9 and row["pass@2"] == 0.5     # of a 2/3 and 1, of b 0
-        assert abs(row["±1"] - 1 / 3) < 1e-9 and abs(row["±2"] - 0.5) < 1e-9
-    assert table.count("0.3333 ± 0.3333") == table.count("0.5000 ± 0.5000") == 3 and "6 of 18 programs passed" in table
-
-    whole = results.read_text().splitlines(keepends=True)
-    results.write_text("".join(whole[:16]) + whole[16][:30])
-    calls, execute = [], evaluate.execute
-    monkeypatch.setattr(evaluate, "execute", lambda completions, *args: execute(calls.extend(completions) or calls, *args))
-    assert main(*flags) == table and len(calls) == 2
-    again = results.read_text().splitlines(keepends=True)
-    assert again[:16] == whole[:16] and len(again) == 18
-    with pytest.raises(BadInput, match="results.jsonl: was made with timeout 60.0, not 61.0; move the file away"):
-        main(*flags, "--timeout", 61)
-    files[0].write_text(files[0].read_text().replace("candidate(1, 2)", "candidate(2, 1)"))
-    with pytest.raises(BadInput, match="another form of the problem a of py.jsonl"):
-        main(*flags)
-    with pytest.raises(BadInput, match="--k 4: needs as many samples of every problem, and there are 3"):
-        main(*flags, "--k", 4)
-
-
-def test_sampled_programs_are_what_the_model_says_alone_cut_at_stops(tmp_path):
-    """The embedded model, each sample by a random number of its own, and counted as executed."""
-    needs("py")
-    model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
-    problems = [evaluate.Problem("f", str(i), "py", f"def f{i}(x):\n", "", ["\n\n", " ="]) for i in range(2)]
-    problems.append(problems[0]._replace(name="long", prompt="x " * 600))
-    todo = [(p, n) for p in problems for n in range(2)]
-    settings = dict(max_new_tokens=24, temperature=0.8, seed=3)
-    got = {(p.name, n): (text, tokens, error) for p, n, text, tokens, error in
-           evaluate.sample_completions(model, tokenizer, BASE, todo, slots=3, **settings)}
-    assert len(got) == 6 and "shorten it" in got["long", 0][2]
-    for p, n in todo[:4]:
-        alone = {(p.name, n): text for p, n, text, *_ in
-                 evaluate.sample_completions(model, tokenizer, BASE, [(p, n)], slots=1, **settings)}
-        text, tokens, error = got[p.name, n]
-        assert text == alone[p.name, n] and not any(s in text for s in p.stops) and error is None and tokens <= 24
-    assert len({text for text, *_ in got.values()}) > 3
-    counts = evaluate.evaluate_problems(model, tokenizer, BASE, problems, 2, timeout=60, max_new_tokens=2)
-    assert [c.total() for c in counts] == [2, 2, 2] and counts[2] == {"refused": 2}
-
-
-def test_humaneval_problems_are_scored_by_their_own_solutions(tmp_path, monkeypatch, capsys):
-    needs("py")
-    problem = dict(task_id="HumanEval/0", prompt="def one():\n", entry_point="one", canonical_solution="    return 1\n",
-                   test="def check(candidate):\n    assert candidate() == 1\n")
-    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as f:
-        f.write(json.dumps(problem) + "\n")
-    for completions, passed in [("canonical", 1), ("empty", 0)]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", str(tmp_path / "HumanEval.jsonl.gz"), "--completions",
-                                          completions, "--results", str(tmp_path / completions), "--i-trust-the-code"])
-        evaluate.main()
-        assert f"{passed} of 1 programs passed" in capsys.readouterr().out
-
-
-def test_evaluate_refuses_in_a_sentence(tmp_path, monkeypatch):
-    good, bad = add_problems(tmp_path / "good.jsonl", "py"), tmp_path / "bad.jsonl"
-    line = json.loads(good.read_text().splitlines()[0])
-    for text, sentence in [
-            ("{", "not readable as JSONL .line 1: "), ("", "holds no problem"), ("[1]", "line 1: is no problem; MultiPL-E"),
-            (json.dumps(line | dict(language="cobol")), "language 'cobol' cannot be run here; use one of py, pl"),
-            (json.dumps(line | dict(stop_tokens="x")), "stop_tokens is 'x', which is no list of texts"),
-            (json.dumps(line) + "\n" + json.dumps(line), "line 2: the name a comes twice")]:
-        bad.write_text(text)
-        with pytest.raises(BadInput, match=sentence):
-            evaluate.read_problems(str(bad))
-    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(b"x" * 99)[:-9])
-    with pytest.raises(BadInput, match="bad.jsonl.gz: not readable"):
-        evaluate.read_problems(str(tmp_path / "bad.jsonl.gz"))
-    twice = tmp_path / "other" / "good.jsonl"
-    twice.parent.mkdir()
-    shutil.copy(good, twice)
-    for flags, sentence in [
-            ([good], "this runs programs that a model wrote .* add --i-trust-the-code"),
-            ([good, twice, "--i-trust-the-code"], "two problem files have the same name"),
-            ([good, "--i-trust-the-code", "--completions", "canonical"], "a of good.jsonl has no canonical_solution"),
-            ([good, "--i-trust-the-code", "--completions", tmp_path / "no"], "--completions .*no: not readable"),
-            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "c", [{}])], 'needs "task_id" or "name"'),
-            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "d", [dict(name="z", completion="")])],
-             "z is the name of 0 problems"),
-            ([good, "--i-trust-the-code", "--completions", write_jsonl(tmp_path / "e", [dict(name="a", completion="")])],
-             "has none for b of good.jsonl")]:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "run", *map(str, flags)])
-        with pytest.raises(BadInput, match=sentence):
-            evaluate.main()
-    for flags in (["--samples", "0"], ["--k", "0"], ["--timeout", "0"], ["--top-p", "0"], ["--workers", "0"]):
-        with pytest.raises(SystemExit) as exit:
-            evaluate.parse_args(["run", "f", *flags])
-        assert exit.value.code == 2
-
-
-def test_a_missing_interpreter_or_library_is_named(tmp_path, monkeypatch):
-    needs("sh")
-    monkeypatch.setitem(evaluate.LANGUAGES, "r", evaluate.Language(("no-such-Rscript",), "p", ""))
-    monkeypatch.setitem(evaluate.LANGUAGES, "sh", evaluate.LANGUAGES["sh"]._replace(
-        library=("shunit", "source /nowhere/shunit || exit 1")))
-    evaluate.interpreter_of.cache_clear()
-    with pytest.raises(BadInput, match="problems in r need the program no-such-Rscript, which is not on PATH; install it"):
-        evaluate.run_program("r", "")
-    plain_sh = evaluate.Problem("f", "n", "sh", "", "true", [])
-    evaluate.check_languages([plain_sh])
-    with pytest.raises(BadInput, match="problems in sh need bash's shunit, and .*bash cannot run it here .*shunit: No such"):
-        evaluate.check_languages([plain_sh, plain_sh._replace(tests=". shunit")])
-    evaluate.interpreter_of.cache_clear()
-
-
-# ------------------------------------------------------------------------------------------ Table 1
-
-
-def train_here(runs, jobs):
-    """evaluate.train_all in this process, for speed."""
-    return {folder: train.train(train.parse_args([*flags, "--out", folder])) for folder, flags in runs.items()}
-
-
-def small_table(command, tiny_folder, out, *flags):
-    args = evaluate.parse_args([command, "--weights", str(tiny_folder), "--seeds", "0", "1", "--steps", "4",
-                                "--block-size", "32", "--eval-tokens", "500", "--out", str(out),
-                                "--png", str(out / "table.png"), *map(str, flags)])
-    args.run(args)
-    return json.loads((out / "table.json").read_text())
-
-
-def test_losses_tunes_each_method_and_tells_mean_and_spread_of_real_runs(tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "train_all", train_here)
-    result = small_table("losses", tiny_folder, tmp_path, "--languages", f"util={Path(HEADERS).parent}:.h",
-                         f"core={Path(HEADERS).parents[1] / 'core'}:.h", "--methods", "flora-r1", "ia3-c_attn")
-    for language in ("util", "core"):
-        for method in ("flora-r1", "ia3-c_attn"):
-            cell = result["table"][language][method]
-            tried = {float(lr): bits for lr, bits in result["sweep"][method].items()}
-            assert min(tried, key=tried.get) not in (min(tried), max(tried))   # the best rate has worse ones on both sides
-            logs = [json.loads((tmp_path / language / method / seed / "log.json").read_text()) for seed in "01"]
-            assert cell["seeds"] == [log["heldout_bpb_after"] for log in logs]
-            assert {log["lr"] for log in logs} == {min(tried, key=tried.get)}
-            assert cell["mean"] == pytest.approx(np.mean(cell["seeds"]))
-            assert cell["spread"] == pytest.approx(abs(cell["seeds"][0] - cell["seeds"][1]) / 2**0.5)
-    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
-    assert "| util | " in capsys.readouterr().out
-
-
-def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(tiny_folder, tmp_path, monkeypatch, capsys):
-    needs("sh")
-    monkeypatch.setattr(evaluate, "train_all", train_here)
-    flags = ("--languages", "sh", "--methods", "lora-r4", "--base-steps", "4", "--samples", "1", "--i-trust-the-code")
-    solve = {}
-
-    def solutions(model, tokenizer, adapter_id, todo, **settings):   # the adapter of seed 1 knows the first 12 of 48 by heart
-        for i, (problem, number) in enumerate(todo):
-            knows = adapter_id != BASE and solve["seed"] == 1 and i < 12
-            yield problem, number, problem.solution if knows else "", 1, None
-        solve["seed"] += adapter_id != BASE
-    monkeypatch.setattr(evaluate, "sample_completions", solutions)
-    solve["seed"] = 0
-    result = small_table("toys", tiny_folder, tmp_path, *flags)
-    assert result["table"]["sh"]["base"]["mean"] == 0 and result["base_in_python"] == 0
-    assert result["table"]["sh"]["lora-r4"]["seeds"] == [0, 0.25]
-    monkeypatch.setattr(evaluate, "sample_completions", lambda *args, **settings: pytest.fail("scores are kept"))
-    assert small_table("toys", tiny_folder, tmp_path, *flags)["table"] == result["table"]
-
-
-def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(tmp_path):
-    subprocess.run([sys.executable, HERE / "fixtures" / "make_problems.py", tmp_path], check=True)
-    names = None
-    for file in sorted(tmp_path.glob("*.jsonl")):
-        problems = evaluate.read_problems(file)
-        assert names in (None, [p.name for p in problems]) and len(problems) == 48
-        names = [p.name for p in problems]
-        trained_on = {text.read_text().split("\n")[1 if file.stem == "py" else 0] for text in (tmp_path / file.stem).iterdir()}
-        assert not trained_on & {p.prompt.split("\n")[1 if file.stem == "py" else 0] for p in problems}
-        needs(file.stem)
-        for problem in problems[::6]:
-            program = f"{problem.prompt}{problem.solution}\n{problem.tests}"
-            assert evaluate.run_program(file.stem, program).outcome == "passed"
-
-
-def test_trainings_run_apart_keep_what_is_done_and_tell_which_one_failed(tiny_folder, tmp_path):
-    flags = [f for f in tiny_flags(tiny_folder, "", "--adapter", "lora") if f]
-    flags = flags[:flags.index("--out")] + ["--adapter", "lora"]
-    folder = str(tmp_path / "run")
-    first = evaluate.train_all({folder: flags}, 1)[folder]
-    stamp = os.stat(tmp_path / "run" / "log.json").st_mtime_ns
-    assert evaluate.train_all({folder: flags}, 1)[folder] == first
-    assert os.stat(tmp_path / "run" / "log.json").st_mtime_ns == stamp
-    with pytest.raises(BadInput, match=r"log.json was made with --lr 0.001, not 0.5; choose another --out"):
-        evaluate.train_all({folder: [*flags, "--lr", "0.5"]}, 1)
-    with pytest.raises(BadInput, match="a training failed, see .*train.txt; its command: python train.py"):
-        evaluate.train_all({str(tmp_path / "bad"): [*flags, "--ext", ".nothing"]}, 1)
-    assert "at least 2 are needed" in (tmp_path / "bad" / "train.txt").read_text()

@@ -1,11 +1,14 @@
-"""Train an adapter on a folder of source files, or (--adapter none) the base model itself.
+"""Train an adapter on a folder of source files.
 
   python train.py --adapter flora --rank 1                      the embedded base learns C++
   python train.py --adapter lora --rank 8 --weights starcoderbase-1b --data src/ --ext .lua
-  python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors    a LoRA's copy
   torchrun --nproc-per-node=4 train.py --adapter flora          data-parallel, same global batch
+  python train.py --adapter none                      a base model, from scratch (extras/pretrain.py)
+  python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors
+                                                      a LoRA's copy (extras/lora_to_flora.py)
 
 Writes OUT/adapter.safetensors (none: a Hugging Face folder), OUT/log.json and OUT/checkpoint.pt.
+Read main -> train -> train_adapter -> fit_text -> fit, which is the loop, then what they call.
 """
 import argparse
 import contextlib
@@ -18,9 +21,10 @@ import resource
 import shlex
 import signal
 import sys
-import sysconfig
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +33,19 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flora
-from flora import BadInput
-from model import (EMBEDDED, GPT, GPTConfig, Tokenizer, add_common_flags, get_device, read_config, read_json,
-                   run_main, save_figure, write_json)
+from flora import BadInput, write_json
+from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, get_device, model_class, read_config,
+                   run_main)
 
-# flora and ia3: the paper's (App. A). lora: the paper's 1e-4 is for 1,500 steps of a 15B model; 1e-3
-# measured better on the embedded one (README).
-LEARNING_RATE = {"flora": 8e-3, "lora": 1e-3, "ia3": 5e-3, "ffba": 1e-3, "none": 2e-3}
+UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
+# torchrun's: this process's number and how many there are; without torchrun there is one.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(text):
+    """Print, once for all processes."""
+    if RANK == 0:
+        print(text)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -49,20 +59,20 @@ def find_files(data, extensions=()):
         if not matches:
             raise BadInput(f"--data {pattern}: no such file, folder or glob match")
         for match in map(Path, matches):
-            found.update([match] if match.is_file() else (
-                p for p in match.rglob("*") if p.is_file()
-                and not any(part.startswith(".") for part in p.relative_to(match).parts)))
+            inside = [match] if match.is_file() else match.rglob("*")
+            found.update(p for p in inside if p.is_file() and not hidden(p.relative_to(match)))
     return sorted(p for p in found if not extensions or p.suffix in extensions)
 
 
+def hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
 def default_files(adapter):
-    """Real code that is on the machine already: Python's standard library without its tests for the
-    base model, torch's C++ headers (a language that the embedded base has not seen) for adapters."""
+    """Real code that is on the machine already: torch's C++ headers, a language that the embedded
+    base has not seen; for the base itself, Python's standard library."""
     if adapter == "none":
-        stdlib = sysconfig.get_paths()["stdlib"]
-        skipped = {"test", "tests", "idle_test", "site-packages"}
-        return [p for p in find_files([stdlib], [".py"])
-                if not skipped & set(p.relative_to(stdlib).parts)]
+        return flora.extra("pretrain", "--adapter none").default_files()
     return find_files([os.path.join(os.path.dirname(torch.__file__), "include")], [".h", ".hpp"])
 
 
@@ -84,8 +94,10 @@ def drop_near_duplicates(texts, window=5):
     numbers aside: generated headers that differ by a name only count as one."""
     seen, kept = set(), []
     for text in texts:
-        lines = [s for s in (re.sub(r"\w+", "a", line).strip() for line in text.splitlines()) if s]
-        windows = {hash(tuple(lines[i:i + window])) for i in range(max(1, len(lines) - window + 1))}
+        lines = [re.sub(r"\w+", "a", line).strip() for line in text.splitlines()]
+        lines = [line for line in lines if line]
+        starts = range(max(1, len(lines) - window + 1))
+        windows = {hash(tuple(lines[i:i + window])) for i in starts}
         if 2 * len(windows & seen) <= len(windows):
             kept.append(text)
             seen |= windows
@@ -93,41 +105,40 @@ def drop_near_duplicates(texts, window=5):
 
 
 def split(texts, share=0.05):
-    """-> (training texts, held-out texts), whole files. The order and the split follow from the
+    """-> (training texts, held-out texts), entire files. The order and the split follow from the
     texts' SHA-1 alone, so they are the same on every machine and for every seed."""
     if len(texts) < 2:
-        raise BadInput(f"--data holds {len(texts)} distinct readable text files after deduplication; "
-                       "at least 2 are needed, one of them held out (check the path and --ext)")
+        raise BadInput(f"--data holds {len(texts)} distinct readable text files after "
+                       "deduplication; at least 2 are needed, one of them held out "
+                       "(check the path and --ext)")
     texts = sorted(texts, key=lambda text: hashlib.sha1(text.encode()).digest())
-    n = max(1, min(4, len(texts) // 5), round(share * len(texts)))   # of a few files, more than one
+    n = max(1, min(4, len(texts) // 5), round(share * len(texts)))   # of a few files, several
     return texts[n:], texts[:n]
 
 
-def encode_texts(texts, tokenizer, budget):
-    """Texts -> int32 ids of whole files, the eos before each (and a bos, if the tokenizer has one), until
-    `budget` tokens are reached."""
-    parts, total = [], 0
-    for text in texts:
-        parts.append(np.array([tokenizer.eos_id] + tokenizer.encode(text, bos=True), dtype=np.int32))
-        total += len(parts[-1])
-        if total >= budget:
-            break
-    return parts
+def load_texts(args):
+    """--data, read and deduplicated -> (training texts, held-out texts)."""
+    files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
+    texts, skipped = read_texts(files)
+    distinct = texts if args.keep_duplicates else drop_near_duplicates(texts)
+    training, heldout = split(distinct)
+    say(f"data: {len(files):,} files, {skipped:,} skipped (empty, binary or not UTF-8), "
+        f"{len(texts) - len(distinct):,} near-duplicates dropped; "
+        f"{len(training):,} to train on, {len(heldout):,} held out")
+    return training, heldout
 
 
 def heldout_blocks(texts, tokenizer, block_size, budget):
-    """Whole held-out files of about `budget` tokens -> (x [N, block], y [N, block], bytes of text).
+    """Entire held-out files of about `budget` tokens -> (x, y [N, block], bytes of text).
 
-    Every token of each file is predicted once; y is -100 on padding.
-    """
+    Every token of each file is predicted once; y is -100 on padding."""
     rows, size = [], 0
-    budget_left = budget
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     for text in texts:
         ids = [first] + tokenizer.encode(text)
-        if rows and len(ids) > budget_left:
+        if rows and len(ids) > budget:
             continue
-        budget_left -= len(ids)
+        budget -= len(ids)
         size += len(text.encode())
         rows += [ids[i:i + block_size + 1] for i in range(0, len(ids) - 1, block_size)]
     x = torch.zeros(len(rows), block_size, dtype=torch.int64)
@@ -137,31 +148,66 @@ def heldout_blocks(texts, tokenizer, block_size, budget):
     return x, y, size
 
 
-def batch(tokens, step, args, part):
-    """Training windows x, y [n, block] of one micro-step, drawn from (seed, step) alone: a resumed
-    run and any number of processes see the same global batch. part: this process's slice of it."""
-    rng = np.random.default_rng([args.seed, *step])
-    starts = rng.integers(0, len(tokens) - args.block_size, args.batch_size)[part]
-    windows = torch.from_numpy(np.stack([tokens[s:s + args.block_size + 1] for s in starts])).long()
+class Data(NamedTuple):
+    """What encode_data makes of the texts."""
+    tokens: np.ndarray       # int32 [n], the training files one after the other
+    x: torch.Tensor          # int64 [N, block], the held-out files
+    y: torch.Tensor          # int64 [N, block], their next tokens or -100
+    heldout_bytes: int
+
+    @property
+    def heldout_tokens(self):
+        return int((self.y != -100).sum())
+
+    def bits_per_byte(self, loss):
+        """A held-out loss, nats per token, in a unit that does not depend on the tokenizer."""
+        return loss * self.heldout_tokens / self.heldout_bytes / math.log(2)
+
+
+def encode_data(args, texts, tokenizer):
+    """(training texts, held-out texts) -> Data.
+
+    As many entire training files as the steps can see, the eos before each (and the bos, if the
+    tokenizer has one)."""
+    training, heldout = texts
+    budget, files = max(args.steps * args.tokens_per_step, args.block_size + 1), []
+    for text in training:
+        files.append([tokenizer.eos_id] + tokenizer.encode(text, bos=True))
+        budget -= len(files[-1])
+        if budget <= 0:
+            break
+    tokens = np.concatenate([np.array(ids, dtype=np.int32) for ids in files])
+    if len(tokens) <= args.block_size:
+        raise BadInput(f"--data holds {len(tokens)} training tokens, fewer than --block-size "
+                       f"{args.block_size}; give more files or a smaller block")
+    data = Data(tokens, *heldout_blocks(heldout, tokenizer, args.block_size, args.eval_tokens))
+    say(f"{len(tokens):,} distinct training tokens; held-out: {data.heldout_tokens:,} tokens, "
+        f"{data.heldout_bytes:,} bytes")
+    return data
+
+
+def batch(tokens, args, step, micro):
+    """Training windows x, y [batch / processes, block] of one micro-step, drawn from the seed and
+    the step alone: a resumed run and any number of processes see the same global batch."""
+    rng = np.random.default_rng([args.seed, step, micro])
+    starts = rng.integers(0, len(tokens) - args.block_size, args.batch_size)
+    n = args.batch_size // WORLD
+    windows = [tokens[s:s + args.block_size + 1] for s in starts[RANK * n:(RANK + 1) * n]]
+    windows = torch.from_numpy(np.stack(windows)).long()
     return windows[:, :-1], windows[:, 1:]
 
 
-def train_tokenizer(texts, file, vocab_size):
-    """Write a sentencepiece BPE model that keeps whitespace exactly and falls back to bytes."""
-    import sentencepiece
-    indents = ["\n" + " " * n for n in (2, 4, 6, 8, 12, 16, 20)]
-    with open(f"{file}.tmp", "wb") as f:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines(keepends=True)),
-            model_writer=f, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
-            user_defined_symbols=["\n", "\n\n", "\t", *indents], max_sentence_length=1 << 20,
-            eos_id=0, eos_piece="<|endoftext|>", unk_id=1, bos_id=-1, pad_id=-1, minloglevel=2)
-    os.replace(f"{file}.tmp", file)
+# ----------------------------------------------------------------------------------------- losses
 
 
-# --------------------------------------------------------------------------------------- training
+def autocast(device, dtype):
+    """Matmuls in `dtype`, "float32" or "bfloat16"; parameters and their gradients stay float32."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def row_ids(adapter_id, rows, device):
+    """int64 [rows]: every row runs the same adapter. None, the base alone, for None."""
+    return None if adapter_id is None else torch.full((rows,), adapter_id, device=device)
 
 
 def loss_of(model, x, y, adapter_ids):
@@ -170,27 +216,92 @@ def loss_of(model, x, y, adapter_ids):
     return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
-def distillation_loss(model, base_model, x, adapter_ids, teacher_ids):
-    """Mean over all positions of x of KL(teacher ‖ student) in nats: both are adapters of one model.
-
-    base_model: the same model for the teacher, outside of DDP and compilation. x [B, T] has no labels."""
-    with torch.no_grad():
-        teacher = base_model(x, teacher_ids).flatten(0, 1).float().log_softmax(-1)      # [B T, vocab]
-    student = model(x, adapter_ids).flatten(0, 1).float().log_softmax(-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-
-
 @torch.no_grad()
-def heldout_loss(model, x, y, adapter_id, autocast, device):
+def heldout_loss(model, data, adapter_id, dtype):
     """Mean held-out loss in nats per token."""
-    total, count = 0.0, 0
-    for xs, ys in zip(x.split(8), y.split(8)):
-        xs, ys, n = xs.to(device), ys.to(device), int((ys != -100).sum())
-        ids = None if adapter_id is None else torch.full((len(xs),), adapter_id, device=device)
-        with autocast:
-            total += n * loss_of(model, xs, ys, ids).item()
-        count += n
-    return total / count
+    total, device = 0.0, model.wte.weight.device
+    for x, y in zip(data.x.split(8), data.y.split(8)):
+        x, y, n = x.to(device), y.to(device), int((y != -100).sum())
+        with autocast(device, dtype):
+            total += n * loss_of(model, x, y, row_ids(adapter_id, len(x), device)).item()
+    return total / data.heldout_tokens
+
+
+# --------------------------------------------------------------------------------------- the loop
+
+
+def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, groups=None):
+    """The one loop: of adapters, base models and copies of LoRAs. It knows nothing of text.
+
+    parameters: {name: Parameter}, all of `model` that takes gradients, as a checkpoint names them.
+    next_batch(step, micro) -> tensors, this process's share of a micro-batch.
+    loss(model, *tensors) -> their mean loss; its model is ours, parallel and compiled where asked.
+    heldout() -> float, measured by process 0 at the start and every args.eval_every steps.
+    args: those of add_loop_flags, adapter (to name the bar) and tokens_per_step.
+    checkpoint: from open_checkpoint. groups: AdamW's, to give some parameters weight decay.
+    -> (log: [{step, loss, heldout_loss, seconds}], tokens per second or None after 0 steps).
+    Raises FloatingPointError for a loss that is not finite, KeyboardInterrupt after Ctrl-C.
+    """
+    groups = groups or [dict(params=list(parameters.values()))]
+    # Decay would pull a multiplicative adapter to 0, and the identity is 1
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    measure = heldout if RANK == 0 else lambda: 0.0
+    if checkpoint:
+        step, log = restore(checkpoint, parameters, optimizer)
+    else:
+        step, log = 0, [dict(step=0, loss=None, heldout_loss=measure(), seconds=0.0)]
+    model = parallel(model, args.compile)
+    losses, rate, interrupted = [], None, False
+    first, busy, begin = step, 0.0, time.time() - log[-1]["seconds"]
+    bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, desc=args.adapter, unit="step")
+    with bar, interrupts() as asked_to_stop:
+        while step < args.steps and not interrupted:
+            tick = time.time()
+            share = backward(model, next_batch, loss, step, args)
+            mean, interrupted = over_processes(share, asked_to_stop)
+            check_finite("loss", mean, step + 1, args)
+            update(optimizer, parameters, learning_rate(step, args), args.clip)
+            losses.append(mean)
+            step, busy = step + 1, busy + time.time() - tick
+            rate = (step - first) * args.tokens_per_step / busy
+            bar.update()
+            bar.set_postfix(loss=f"{mean:.3f}", heldout=f"{log[-1]['heldout_loss']:.3f}",
+                            tok_s=f"{rate:.0f}")
+            if step % args.eval_every == 0 or step == args.steps or interrupted:
+                log.append(dict(step=step, loss=sum(losses) / len(losses), heldout_loss=measure(),
+                                seconds=time.time() - begin))
+                check_finite("held-out loss", log[-1]["heldout_loss"], step, args)
+                save_checkpoint(step, parameters, optimizer, log, args)
+                losses = []
+    if step < args.steps:
+        command = shlex.join([sys.executable, *sys.argv])
+        say(f"interrupted at step {step}; go on with: {command} --resume")
+        raise KeyboardInterrupt
+    return log, rate
+
+
+def backward(model, next_batch, loss, step, args):
+    """Accumulate the gradients of one step's micro-batches; returns this process's loss, [1]."""
+    device = next(model.parameters()).device
+    total = torch.zeros(1, device=device)
+    for micro in range(args.grad_accum):
+        tensors = [tensor.to(device) for tensor in next_batch(step, micro)]
+        last = micro == args.grad_accum - 1   # only then do the processes exchange gradients
+        with contextlib.nullcontext() if WORLD == 1 or last else model.no_sync():
+            with autocast(device, args.dtype):
+                share = loss(model, *tensors) / args.grad_accum
+            share.backward()
+        total += share.detach()
+    return total
+
+
+def update(optimizer, parameters, lr, clip):
+    """One step of the optimizer along the gradients, which are clipped and then forgotten."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def learning_rate(step, args):
@@ -201,22 +312,71 @@ def learning_rate(step, args):
     return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def peak_memory(device):
-    """Bytes: the GPU's peak allocation, or this process's peak resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def check_finite(name, value, step, args):
+    if not math.isfinite(value):
+        file, kept = Path(args.out, "checkpoint.pt"), "no checkpoint was written yet"
+        if file.exists():
+            kept = f"the last good checkpoint is kept in {file}"
+        raise FloatingPointError(f"the {name} is {value} at step {step}; {kept}; lower --lr")
 
+
+@contextlib.contextmanager
+def interrupts():
+    """Inside, Ctrl-C only sets the tensor that this yields, [1], from 0 to 1."""
+    asked = torch.zeros(1)
+    previous = signal.signal(signal.SIGINT, lambda *_: asked.fill_(1))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# ------------------------------------------------------------------------------- several processes
+
+
+def start_processes(args):
+    """Join torchrun's processes, if there are any -> this one's torch.device."""
+    device = get_device(args.device)
+    if WORLD > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.batch_size % WORLD:
+        raise BadInput(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
+    return device
+
+
+def parallel(model, compiled):
+    """The model as the loop runs it: gradients averaged over the processes, and --compile."""
+    if WORLD > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    return torch.compile(model) if compiled else model
+
+
+def over_processes(loss, asked_to_stop):
+    """-> (the loss of the global batch, whether any process was interrupted: then all stop)."""
+    state = torch.cat([loss / WORLD, asked_to_stop.to(loss.device)])
+    if WORLD > 1:
+        dist.all_reduce(state)
+    return state[0].item(), bool(state[1] > 0)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
 
 # What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext", "keep_duplicates", "steps",
-               "batch_size", "grad_accum", "block_size", "lr", "warmup", "seed", "vocab_size", "n_layer", "n_head",
-               "n_embd", "quantize")
+RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext",
+               "keep_duplicates", "steps", "batch_size", "grad_accum", "block_size", "lr", "warmup",
+               "seed", "vocab_size", "n_layer", "n_head", "n_embd", "quantize")
 
 
-def save_checkpoint(file, step, trained, optimizer, log, args):
-    torch.save(dict(step=step, trained=trained, optimizer=optimizer.state_dict(), log=log,
-                    args={key: getattr(args, key) for key in RESUME_KEYS}), f"{file}.tmp")
+def save_checkpoint(step, parameters, optimizer, log, args):
+    if RANK > 0:
+        return
+    flags = {key: getattr(args, key) for key in RESUME_KEYS if key in args}
+    file = Path(args.out, "checkpoint.pt")
+    torch.save(dict(step=step, trained=parameters, optimizer=optimizer.state_dict(), log=log,
+                    args=flags), f"{file}.tmp")
     os.replace(f"{file}.tmp", file)
 
 
@@ -224,313 +384,274 @@ def load_checkpoint(file):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged zip or pickle raises
-        raise BadInput(f"{file}: not a readable checkpoint ({e}); delete it to start anew") from e
+        raise BadInput(f"{file}: not a readable checkpoint ({e}); delete it to start again") from e
+
+
+def open_checkpoint(args):
+    """Make OUT a folder -> the checkpoint in it to go on from, or None to start at step 0.
+
+    BadInput for an unfinished run without --resume, and for --resume with other flags."""
+    file = Path(args.out, "checkpoint.pt")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
+    checkpoint = load_checkpoint(file) if file.exists() else None
+    if args.resume and checkpoint:
+        for key, value in checkpoint["args"].items():
+            if value != getattr(args, key):
+                raise BadInput(f"{file} was made with --{key.replace('_', '-')} {value}, not "
+                               f"{getattr(args, key)}; give the same flags to --resume")
+        return checkpoint
+    if args.resume:
+        say(f"{file}: no checkpoint yet, so starting at step 0")
+    elif checkpoint and checkpoint["step"] < checkpoint["args"]["steps"]:
+        raise BadInput(f"{file} is an unfinished run at step {checkpoint['step']}; add --resume "
+                       "to go on with it, or choose another --out")
+    return None
+
+
+def restore(checkpoint, parameters, optimizer):
+    """Put a checkpoint into the parameters and the optimizer -> (its step, its log)."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(checkpoint["trained"][name])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    say(f"resumed at step {checkpoint['step']}")
+    return checkpoint["step"], checkpoint["log"]
+
+
+# ------------------------------------------------------------------------------------ one training
 
 
 def train(args):
     """Run one training as `parse_args` describes it; returns the report that --json writes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = get_device(args.device)
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_, **__: None
-    if args.batch_size % world:
-        raise BadInput(f"--batch-size {args.batch_size} is not a multiple of {world} processes")
-    if args.targets is None and not args.from_lora:
-        args.targets = [] if args.adapter == "none" else list(
-            flora.DEFAULT_TARGETS[read_config(args.weights or EMBEDDED).model_type][args.adapter])
-    part = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
-    out = Path(args.out)
-    checkpoint_file = out / "checkpoint.pt"
-    checkpoint = load_checkpoint(checkpoint_file) if checkpoint_file.exists() else None
-    if args.resume and checkpoint is None:
-        say(f"{checkpoint_file}: no checkpoint yet, so starting at step 0")
-    elif args.resume:
-        for key, value in checkpoint["args"].items():
-            if value != getattr(args, key):
-                raise BadInput(f"{checkpoint_file} was made with --{key.replace('_', '-')} {value}, not "
-                               f"{getattr(args, key)}; give the same flags to --resume")
-    elif checkpoint and checkpoint["step"] < checkpoint["args"]["steps"]:
-        raise BadInput(f"{checkpoint_file} is an unfinished run at step {checkpoint['step']}; add --resume "
-                       "to go on with it, or choose another --out")
-    else:
-        checkpoint = None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {out}: cannot be made a folder ({e.strerror})") from None
-
-    # Data and model
-    files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
-    texts, skipped = read_texts(files)
-    distinct = texts if args.keep_duplicates else drop_near_duplicates(texts)
-    train_texts, heldout_texts = split(distinct)
-    say(f"data: {len(files):,} files, {skipped:,} skipped (empty, binary or not UTF-8), "
-        f"{len(texts) - len(distinct):,} near-duplicates dropped; "
-        f"{len(train_texts):,} to train on, {len(heldout_texts):,} held out")
-    torch.manual_seed(args.seed)
-    from_scratch = args.adapter == "none" and not args.weights
-    folder = out if from_scratch else Path(args.weights or EMBEDDED)
-    if from_scratch:
-        if rank == 0 and not checkpoint:
-            train_tokenizer(train_texts, out / "tokenizer.model", args.vocab_size)
-        if world > 1:
-            dist.barrier()
-        config = GPTConfig(args.vocab_size, args.block_size, args.n_embd, args.n_layer, args.n_head,
-                           4 * args.n_embd)
-        model = GPT(config).to(device)
-    else:
-        keep = torch.float32 if args.adapter == "none" else getattr(torch, args.dtype)
-        model = GPT.from_pretrained(folder, device, keep)
-        if args.block_size > model.config.n_positions:
-            raise BadInput(f"--block-size {args.block_size} is more than the model's context of "
-                           f"{model.config.n_positions} (n_positions in {folder}/config.json)")
-    if args.quantize:
-        flora.quantize_int8(model)
-    tokenizer = Tokenizer(folder)
-    model.gradient_checkpointing = args.gradient_checkpointing
+    run = train_adapter
     if args.adapter == "none":
-        adapter_id, trained = None, model.base_parameters()
-        matrices = [p for p in trained.values() if p.dim() > 1]
-        groups = [dict(params=matrices, weight_decay=0.1),
-                  dict(params=[p for p in trained.values() if p.dim() < 2], weight_decay=0.0)]
-    else:
-        if args.from_lora:
-            teacher_id = flora.load_adapter(model, args.from_lora)
-        model.requires_grad_(False)
-        if args.from_lora:
-            tick = time.time()
-            adapter_id, fit_error = flora.flora_from_lora(model, teacher_id, args.rank)
-            fit_seconds = time.time() - tick
-            say(f"fitted to {args.from_lora} in {fit_seconds:.1f} s: relative error of the weights {fit_error:.4f}")
-        else:
-            adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
-                                           args.ffba_activation if args.adapter == "ffba" else None)
-        trained = flora.adapter_parameters(model, adapter_id)
-        # No decay: it would pull a multiplicative adapter to 0, and the identity is 1
-        groups = [dict(params=list(trained.values()), weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
-    trainable = sum(p.numel() for p in trained.values())
-    total = sum(p.numel() for p in model.base_parameters().values())
-    say(f"{args.adapter}: {trainable:,} trainable parameters, {100 * trainable / total:.4f} % of the base "
-        f"model's {total:,}")
-
-    tokens_per_step = args.batch_size * args.grad_accum * args.block_size
-    budget = max(args.steps * tokens_per_step, args.block_size + 1)
-    tokens = np.concatenate(encode_texts(train_texts, tokenizer, budget))
-    if len(tokens) <= args.block_size:
-        raise BadInput(f"--data holds {len(tokens)} training tokens, fewer than --block-size "
-                       f"{args.block_size}; give more files or a smaller block")
-    x_held, y_held, held_bytes = heldout_blocks(heldout_texts, tokenizer, args.block_size, args.eval_tokens)
-    held_tokens = int((y_held != -100).sum())
-    say(f"{len(tokens):,} distinct training tokens; held-out: {held_tokens:,} tokens, {held_bytes:,} bytes")
-    autocast = torch.autocast(device.type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
-
-    def evaluate(i=adapter_id):
-        return heldout_loss(model, x_held, y_held, i, autocast, device) if rank == 0 else 0.0
-
-    def check_finite(name, value, step):
-        if not math.isfinite(value):
-            kept = f"the last good checkpoint is kept in {checkpoint_file}" \
-                if checkpoint_file.exists() else "no checkpoint was written yet"
-            raise FloatingPointError(f"the {name} is {value} at step {step}; {kept}; lower --lr")
-
-    step, log, seconds_before = 0, [], 0.0
-    if checkpoint:
-        step, log = checkpoint["step"], checkpoint["log"]
-        for name, p in trained.items():
-            p.data.copy_(checkpoint["trained"][name])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        seconds_before = log[-1]["seconds"]
-        say(f"resumed at step {step}")
-    else:
-        log.append(dict(step=0, loss=None, heldout_loss=evaluate(), seconds=0.0))
-
-    step_model = model
-    if world > 1:
-        step_model = torch.nn.parallel.DistributedDataParallel(model)
-    if args.compile:
-        step_model = torch.compile(step_model)
-    ids = None if adapter_id is None else torch.full((part.stop - part.start,), adapter_id, device=device)
-    teacher_ids = torch.full_like(ids, teacher_id) if args.from_lora else None
-
-    # Training
-    asked_to_stop, interrupted = torch.zeros(1), False
-    previous = signal.signal(signal.SIGINT, lambda *_: asked_to_stop.fill_(1))
-    start, losses, tokens_timed, seconds_timed = time.time(), [], 0, 0.0
-    bar = tqdm(total=args.steps, initial=step, disable=rank > 0, desc=args.adapter, unit="step")
-    while step < args.steps and not interrupted:
-        tick = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        loss = torch.zeros(1, device=device)
-        for micro in range(args.grad_accum):
-            x, y = (t.to(device) for t in batch(tokens, (step, micro), args, part))
-            last = micro == args.grad_accum - 1
-            with contextlib.nullcontext() if world == 1 or last else step_model.no_sync():
-                with autocast:
-                    micro_loss = (distillation_loss(step_model, model, x, ids, teacher_ids) if args.from_lora
-                                  else loss_of(step_model, x, y, ids)) / args.grad_accum
-                micro_loss.backward()
-            loss += micro_loss.detach()
-        state = torch.cat([loss / world, asked_to_stop.to(device)])
-        if world > 1:  # the loss of the global batch; and where one process was interrupted, all stop
-            dist.all_reduce(state)
-        loss, interrupted = state[0].item(), bool(state[1] > 0)
-        check_finite("loss", loss, step + 1)
-        torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        step += 1
-        tokens_timed, seconds_timed = tokens_timed + tokens_per_step, seconds_timed + time.time() - tick
-        bar.update()
-        bar.set_postfix(loss=f"{loss:.3f}", heldout=f"{log[-1]['heldout_loss']:.3f}",
-                        tok_s=f"{tokens_timed / seconds_timed:.0f}")
-        if step % args.eval_every == 0 or step == args.steps or interrupted:
-            log.append(dict(step=step, loss=sum(losses) / len(losses), heldout_loss=evaluate(),
-                            seconds=seconds_before + time.time() - start))
-            check_finite("held-out loss", log[-1]["heldout_loss"], step)
-            losses = []
-            if rank == 0:
-                save_checkpoint(checkpoint_file, step, trained, optimizer, log, args)
-    bar.close()
-    signal.signal(signal.SIGINT, previous)
-    if step < args.steps:
-        say(f"interrupted at step {step}; go on with: {shlex.join([sys.executable, *sys.argv])} --resume")
-        raise KeyboardInterrupt
-
-    # Report
-    def bits_per_byte(loss):
-        return loss * held_tokens / held_bytes / math.log(2)
-    before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
-    report = dict(
-        adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank, targets=args.targets,
-        lr=args.lr, seed=args.seed, steps=args.steps, batch_size=args.batch_size,
-        block_size=args.block_size, tokens_seen=args.steps * tokens_per_step,
-        heldout_loss_before=before, heldout_loss_after=after,
-        heldout_bpb_before=bits_per_byte(before), heldout_bpb_after=bits_per_byte(after),
-        heldout_tokens=held_tokens, heldout_bytes=held_bytes,
-        trainable_parameters=trainable, total_parameters=total,
-        tokens_per_second=tokens_timed / seconds_timed if seconds_timed else None,
-        seconds=log[-1]["seconds"], peak_memory_bytes=peak_memory(device),
-        device=args.device, dtype=args.dtype, quantize=args.quantize, torch=torch.__version__, log=log)
-    if args.from_lora:
-        base, teacher = evaluate(flora.BASE), evaluate(teacher_id)
-        share = None if teacher >= base else (base - after) / (base - teacher)
-        targets = list(dict.fromkeys(a.target for a in flora.adapters_of(model, adapter_id).values()))
-        report |= dict(from_lora=args.from_lora, targets=targets, fit_error=fit_error, fit_seconds=fit_seconds,
-                       heldout_loss_base=base, heldout_loss_teacher=teacher, share_of_gain=share)
-        say(f"held-out loss of the base {base:.4f}, of the LoRA {teacher:.4f}; "
-            + ("the LoRA gains nothing" if share is None else f"{100 * share:.1f} % of its gain survives"))
-    if rank == 0:
-        if args.adapter == "none":
-            model.save_pretrained(out, torch.float16)
-            tokenizer.save(out)
-            report["adapter_file"], hint = None, f"--weights {shlex.quote(args.out)}"
-        else:
-            file = report["adapter_file"] = str(out / "adapter.safetensors")
-            summary = {k: v for k, v in report.items() if k not in ("log", "adapter_file")}
-            flora.save_adapter(model, adapter_id, file, summary)
-            weights = f"--weights {shlex.quote(args.weights)} " if args.weights else ""
-            weights += f"--quantize {args.quantize} " if args.quantize else ""
-            hint = f"{weights}--adapter {shlex.quote(file)}"
-        for file in {str(out / "log.json"), args.json} - {None}:
-            write_json(file, report)
-        say(f"held-out loss {before:.4f} -> {after:.4f} nats/token, "
-            f"{bits_per_byte(before):.4f} -> {bits_per_byte(after):.4f} bits/byte\n"
-            f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
-            f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB\n"
-            f"saved {report['adapter_file'] or args.out}; try it:\n"
-            f"  python generate.py {hint} --prompt 'namespace at {{'")
-    if world > 1:
+        run = flora.extra("pretrain", "--adapter none").pretrain
+    elif args.from_lora:
+        run = flora.extra("lora_to_flora", "--from-lora").copy_lora
+    elif args.targets is None:
+        family = model_class(read_config(args.weights or EMBEDDED).model_type)
+        args.targets = flora.default_targets(family, args.adapter)
+    device = start_processes(args)
+    checkpoint = open_checkpoint(args)
+    texts = load_texts(args)
+    torch.manual_seed(args.seed)
+    report = run(args, device, texts, checkpoint)
+    if WORLD > 1:
         dist.destroy_process_group()
     return report
 
 
-def plot(json_files, png):
-    """Held-out loss against steps, one line per --json file of a run."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for file in json_files:
-        run = read_json(file)
-        if "log" not in run:
-            raise BadInput(f"--plot {file}: not a --json report of train.py")
-        label = run["adapter"] + (f" rank {run['rank']}" if run["adapter"] in ("flora", "lora", "ffba") else "")
-        axes.plot([p["step"] for p in run["log"]], [p["heldout_loss"] for p in run["log"]], "o-",
-                  ms=3, label=f"{label}, {run['trainable_parameters']:,} parameters")
-    axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
-    axes.legend()
-    save_figure(figure, png, dpi=150)
+def train_adapter(args, device, texts, checkpoint):
+    """Freeze the base and train one new adapter of it."""
+    model, tokenizer = load_base(args, device, getattr(torch, args.dtype))
+    model.requires_grad_(False)
+    options = dict(activation=args.ffba_activation) if args.adapter == "ffba" else {}
+    adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
+                                   **options)
+    parameters = flora.adapter_parameters(model, adapter_id)
+    say_sizes(args, model, parameters)
+    data = encode_data(args, texts, tokenizer)
+    report = fit_text(args, model, parameters, data, adapter_id, checkpoint)
+    return finish_adapter(args, model, adapter_id, report)
+
+
+def load_base(args, device, dtype):
+    """The model of --weights in `dtype`, and its tokenizer."""
+    folder = args.weights or EMBEDDED
+    model = GPT.from_pretrained(folder, device, dtype)
+    if args.block_size > model.config.n_positions:
+        raise BadInput(f"--block-size {args.block_size} is more than the model's context of "
+                       f"{model.config.n_positions} (n_positions in {folder}/config.json)")
+    if args.quantize:
+        flora.extra("int8", "--quantize int8").quantize_int8(model)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    return model, Tokenizer(folder)
+
+
+def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, groups=None):
+    """`fit` on Data, with loss(model, x, y, adapter_ids) -> the report."""
+    ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
+    next_batch = partial(batch, data.tokens, args)
+    heldout = partial(heldout_loss, model, data, adapter_id, args.dtype)
+
+    def loss_of_rows(model, x, y):
+        return loss(model, x, y, ids)
+
+    log, rate = fit(model, parameters, next_batch, loss_of_rows, heldout, args, checkpoint, groups)
+    return make_report(args, model, parameters, data, log, rate)
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters.values())
+
+
+def say_sizes(args, model, parameters):
+    trained, total = count(parameters), count(model.base_parameters())
+    say(f"{args.adapter}: {trained:,} trainable parameters, {100 * trained / total:.4f} % of the "
+        f"base model's {total:,}")
+
+
+def make_report(args, model, parameters, data, log, rate):
+    """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
+    before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
+    return dict(
+        adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
+        targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
+        batch_size=args.batch_size, block_size=args.block_size,
+        tokens_seen=args.steps * args.tokens_per_step,
+        heldout_loss_before=before, heldout_loss_after=after,
+        heldout_bpb_before=data.bits_per_byte(before), heldout_bpb_after=data.bits_per_byte(after),
+        heldout_tokens=data.heldout_tokens, heldout_bytes=data.heldout_bytes,
+        trainable_parameters=count(parameters), total_parameters=count(model.base_parameters()),
+        tokens_per_second=rate, seconds=log[-1]["seconds"],
+        peak_memory_bytes=peak_memory(model.wte.weight.device),
+        device=args.device, dtype=args.dtype, quantize=args.quantize,
+        torch=torch.__version__, log=log)
+
+
+def peak_memory(device):
+    """Bytes: the GPU's peak allocation, or this process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def finish_adapter(args, model, adapter_id, report):
+    """Write OUT/adapter.safetensors, with a summary inside, and the report; returns the report."""
+    if RANK > 0:
+        return report
+    file = str(Path(args.out, "adapter.safetensors"))
+    summary = {key: value for key, value in report.items() if key != "log"}
+    flora.save_adapter(model, adapter_id, file, summary)
+    flags = {"--weights": args.weights, "--quantize": args.quantize, "--adapter": file}
+    used = [f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value]
+    return finish(args, report | dict(adapter_file=file), " ".join(used))
+
+
+def finish(args, report, hint):
+    """Write and print the report; hint: generate.py's flags for what was trained."""
+    for file in {str(Path(args.out, "log.json")), args.json} - {None}:
+        write_json(file, report)
+    say(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
+        f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} "
+        "bits/byte\n"
+        f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
+        f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB\n"
+        f"saved {report['adapter_file'] or args.out}; try it:\n"
+        f"  python generate.py {hint} --prompt 'namespace at {{'")
+    return report
+
+
+# -------------------------------------------------------------------------------------- the command
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--adapter", choices=[*flora.KINDS, "none"], default="flora", help="none trains the base model")
-    add("--rank", type=int, default=1)
-    add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, or all "
-        "(default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj gate_proj up_proj "
-        "down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj down_proj). ffba: attn mlp, or all (default)")
-    add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
-    add("--ffba-activation", choices=["identity", "block"], default="identity",
-        help="between FFBA's halves: nothing, or the block's activation")
-    add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
-        "(default: torch's C++ headers; none: Python's standard library)")
-    add("--ext", nargs="+", default=[], metavar=".EXT", help="take only files with these extensions")
-    add("--keep-duplicates", action="store_true", help="train on near-duplicates too: for texts made by a program")
-    add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this LoRA, and train "
-        "towards its predictions on --data (no labels); --steps 0 is the fit alone")
-    add("--steps", type=int, default=300)
-    add("--batch-size", type=int, default=8, help="sequences per step and process group")
-    add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
-    add("--block-size", type=int, default=256, help="tokens per sequence")
-    add("--lr", type=float, help=f"peak learning rate (default: {LEARNING_RATE})")
-    add("--warmup", type=int, help="steps (default: a twentieth)")
-    add("--clip", type=float, default=1.0, help="gradient norm")
-    add("--eval-every", type=int, help="steps between held-out losses and checkpoints (default: a tenth)")
-    add("--eval-tokens", type=int, default=32768, help="about how many held-out tokens, in whole files")
-    add("--n-layer", type=int, default=6, help="size of a base model from scratch, with "
-        "--n-head --n-embd --vocab-size")
-    add("--n-head", type=int, default=4)
-    add("--n-embd", type=int, default=256)
-    add("--vocab-size", type=int, default=4096)
-    add("--compile", action="store_true", help="torch.compile")
-    add("--gradient-checkpointing", action="store_true")
-    add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora out/flora-rRANK-from-lora)")
-    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    add("--plot", nargs="+", metavar="JSON", help="no training: draw these runs' held-out losses into --out PNG")
+    add_adapter_flags(parser.add_argument_group("what is trained").add_argument)
+    add_data_flags(parser.add_argument_group("on what").add_argument)
+    add_loop_flags(parser.add_argument_group("how").add_argument)
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
     parser.set_defaults(weights=None)  # none without --weights starts from scratch
     args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    fill_in(args)
+    return args
+
+
+def add_adapter_flags(add):
+    add("--adapter", default="flora", metavar="KIND",
+        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba, hira), or none: the base model itself")
+    add("--rank", type=int, default=1)
+    add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
+        "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
+        "gate_proj up_proj down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj "
+        "down_proj). ffba: attn mlp, or all (default)")
+    add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
+    add("--ffba-activation", choices=["identity", "block"], default="identity",
+        help="between FFBA's halves: nothing, or the block's activation")
+    add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this "
+        "LoRA, and train towards its predictions on --data (no labels); --steps 0 is the fit alone")
+    add("--n-layer", type=int, default=6,
+        help="size of a base model from scratch, with --n-head --n-embd --vocab-size")
+    add("--n-head", type=int, default=4)
+    add("--n-embd", type=int, default=256)
+    add("--vocab-size", type=int, default=4096)
+
+
+def add_data_flags(add):
+    add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
+        "(default: torch's C++ headers; none: Python's standard library)")
+    add("--ext", nargs="+", default=[], metavar=".EXT",
+        help="take only files with these extensions")
+    add("--keep-duplicates", action="store_true",
+        help="train on near-duplicates too: for texts made by a program")
+    add("--block-size", type=int, default=256, help="tokens per sequence")
+    add("--eval-tokens", type=int, default=32768,
+        help="about how many held-out tokens, in entire files")
+
+
+def add_loop_flags(add):
+    add("--steps", type=int, default=300)
+    add("--batch-size", type=int, default=8, help="sequences per step and process group")
+    add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
+    add("--lr", type=float, help="peak learning rate (default: the kind's learning_rate)")
+    add("--warmup", type=int, help="steps (default: a twentieth)")
+    add("--clip", type=float, default=1.0, help="gradient norm")
+    add("--eval-every", type=int,
+        help="steps between held-out losses and checkpoints (default: a tenth)")
+    add("--compile", action="store_true", help="torch.compile")
+    add("--gradient-checkpointing", action="store_true")
+    add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora "
+        "out/flora-rRANK-from-lora)")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
+    add("--plot", nargs="+", metavar="JSON",
+        help="no training: draw these runs' held-out losses into --out PNG")
+
+
+def check_args(args, error):
+    """Refuse flags that do not go together, by error(sentence)."""
     for flag in ("rank", "steps", "batch_size", "grad_accum", "block_size", "eval_tokens"):
         least = 0 if flag == "steps" and args.from_lora else 1
         if getattr(args, flag) < least:
-            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number of at least {least}")
+            error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; "
+                  f"use a whole number of at least {least}")
+    if args.adapter != "none":
+        flora.adapter_class(args.adapter)
     if args.quantize and args.adapter == "none":
-        parser.error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
+        error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
     if args.from_lora and args.adapter != "flora":
-        parser.error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
+        error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
     if args.from_lora and args.targets:
-        parser.error("--from-lora takes the LoRA's targets; leave out --targets")
-    args.lr = LEARNING_RATE[args.adapter] if args.lr is None else args.lr
-    args.warmup = args.steps // 20 if args.warmup is None else args.warmup
+        error("--from-lora takes the LoRA's targets; leave out --targets")
+
+
+def fill_in(args):
+    """The defaults that follow from other flags."""
+    if args.lr is None and args.adapter == "none":
+        args.lr = flora.extra("pretrain", "--adapter none").LEARNING_RATE
+    elif args.lr is None:
+        args.lr = flora.adapter_class(args.adapter).learning_rate
+    if args.targets is None and args.adapter == "none":
+        args.targets = []
+    if args.warmup is None:
+        args.warmup = args.steps // 20
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    rank = f"-r{args.rank}" if args.adapter in ("flora", "lora", "ffba") else ""
+    args.tokens_per_step = args.batch_size * args.grad_accum * args.block_size
+    rank = "" if args.adapter in UNRANKED else f"-r{args.rank}"
     args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
-    return args
 
 
 def main():
     args = parse_args()
     if args.plot:
-        return plot(args.plot, args.out)
+        return flora.extra("curves", "--plot").plot(args.plot, args.out)
     try:
         train(args)
     except FloatingPointError as e:

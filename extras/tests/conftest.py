@@ -6,8 +6,8 @@ pytest.register_assert_rewrite("test_flora")
 from extras.llama import LlamaConfig  # noqa: E402
 from model import GPT, Tokenizer  # noqa: E402
 from test_flora import (  # noqa: E402, F401
-    ALL, CONFIGS, FIXTURES, MIXED, adapter, embedded_adapters, expected, family, golden, kind, mixed, model,
-    name, tiny, tiny_folder)
+    ALL, CONFIGS, FIXTURES, MIXED, SERVED, adapter, embedded_adapters, expected, family, golden, kind, mixed,
+    model, name, served, tiny, tiny_folder)
 
 CONFIGS["llama"] = LlamaConfig(
     vocab_size=300, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=64, n_kv_head=2, bos_token_id=0,
@@ -16,6 +16,9 @@ CONFIGS["llama"] = LlamaConfig(
 MIXED["llama"] = [
     ("flora", 1, None), ("flora", 4, ["all"]), ("lora", 8, None), ("ia3", 1, None),
     ("flora", 2, ["q_proj", "k_proj"]), ("ia3", 1, ["k_proj", "up_proj"]), ("lora", 2, ["q_proj", "o_proj"])]
+SERVED["llama"] = [
+    ("flora", 1, None), ("lora", 2, None), ("ia3", 1, None), ("flora", 3, ["q_proj", "k_proj"]),
+    ("lora", 1, ["all"]), ("flora", 2, ["all"])]
 ALL["llama"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXTRA_KINDS = {   # adapters of the kinds in extras/, by family
     "gpt_bigcode": [("ffba", 3, None), ("ffba", 1, ["mlp"]), ("hira", 2, ["all"]), ("hira", 1, ["c_attn.qk"])],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
+from extras import hot_swap
 from extras.tests.conftest import EXTRA_KINDS
 from flora import BASE, BadInput
 from generate import Engine
@@ -136,8 +137,8 @@ def test_ffba_adapters_come_and_go_in_place_while_others_run(tmp_path):
             (1, 3, None, "block", True), (3, 2, ["mlp"], "identity", True), (1, 6, ["mlp"], "block", False)]:
         i = random_adapter(donor, "ffba", rank, targets, activation=activation)
         flora.save_adapter(donor, i, tmp_path / "a.safetensors")
-        engine.remove_adapter(evicted)
-        assert engine.load_adapter(tmp_path / "a.safetensors") == evicted
+        hot_swap.remove_adapter(engine, evicted)
+        assert hot_swap.load_adapter(engine, tmp_path / "a.safetensors") == evicted
         assert (served.transformer.h[0].mlp.c_fc.frozen_bank.fused.weight is fused) == in_place
         request = engine.submit([7, 8], adapter_id=evicted, max_new_tokens=4)
         while request.state != "done":

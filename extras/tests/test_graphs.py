@@ -3,12 +3,24 @@ import pytest
 
 from extras.graphs import GraphEngine
 from generate import Engine, new_engine
-from test_flora import check_served
+from test_flora import SERVED, check_served
 
 
+@pytest.fixture(scope="module", params=["gpt_bigcode", "llama"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def served(family):
+    return [*SERVED[family], ("ffba", 2, None)]
+
+
+@pytest.mark.parametrize("engine", [Engine, GraphEngine])
 @pytest.mark.parametrize("setting", [dict(slots=5), dict(slots=5, sync_every=4)], ids=str)
-def test_each_request_returns_what_it_returns_alone(model, expected, setting):
-    check_served(GraphEngine(model, **setting), expected)
+def test_each_request_returns_what_it_returns_alone(engine, model, expected, setting):
+    """With FFBA beside the other kinds."""
+    check_served(engine(model, **setting), expected)
 
 
 def test_compile_asks_for_this_engine(model):

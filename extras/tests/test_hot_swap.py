@@ -9,6 +9,11 @@ from generate import Engine
 from test_flora import plain, served_model, trained
 
 
+@pytest.fixture(scope="module", params=["gpt_bigcode", "llama"])
+def family(request):
+    return request.param
+
+
 @pytest.mark.parametrize("engine_class", [Engine, GraphEngine])
 def test_adapters_come_and_go_between_steps(engine_class, family, tmp_path):
     """Loaded and evicted while others run, in place where they fit, and ids are used again."""

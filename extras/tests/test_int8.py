@@ -7,11 +7,12 @@ import generate
 import train
 from extras.int8 import quantize_int8
 from extras.tests.conftest import EXTRA_KINDS
-from test_flora import MIXED, plain, random_adapter, run_script, run_train, served_model, tiny_model
+from test_flora import MIXED, SERVED, plain, random_adapter, run_script, run_train, served_model, tiny_model
 
 
 def test_int8_base_is_close_and_adapters_run_on_it(family):
-    model, exact = served_model(family=family), served_model(family=family)
+    kinds = SERVED[family] + [("ffba", 2, None)]
+    model, exact = served_model(kinds, family), served_model(kinds, family)
     quantize_int8(model)
     ids, adapter_ids = torch.randint(0, 97, (8, 9)), torch.arange(8)
     with torch.no_grad():
@@ -27,18 +28,19 @@ def test_int8_base_is_close_and_adapters_run_on_it(family):
 
 
 def test_adapters_train_on_an_int8_base_with_the_gradients_of_its_values_and_no_float_copy_of_it_is_kept():
+    kinds = MIXED["gpt_bigcode"] + EXTRA_KINDS["gpt_bigcode"]
     model, exact = tiny_model(), tiny_model()
     for m in (model, exact):
         m.requires_grad_(False)
         torch.manual_seed(1)
-        for kind, rank, targets in MIXED["gpt_bigcode"]:
+        for kind, rank, targets in kinds:
             random_adapter(m, kind, rank, targets)
     quantize_int8(model)
     shapes = {layer.weight.shape for _, layer in flora.adapter_layers(model)}
     for (_, layer), (_, exact_layer) in zip(flora.adapter_layers(model), flora.adapter_layers(exact)):
         exact_layer.weight.copy_(layer.W0().float().T)
-    ids, kept = torch.randint(0, 300, (len(MIXED["gpt_bigcode"]), 9)), []
-    adapter_ids = torch.arange(1, len(MIXED["gpt_bigcode"]) + 1)
+    ids, kept = torch.randint(0, 300, (len(kinds), 9)), []
+    adapter_ids = torch.arange(1, len(kinds) + 1)
 
     def keep(tensor):
         if tensor.is_floating_point() and {tensor.shape, tensor.shape[::-1]} & shapes:
@@ -51,7 +53,7 @@ def test_adapters_train_on_an_int8_base_with_the_gradients_of_its_values_and_no_
     assert not kept
     loss.backward()
     train.loss_of(exact, ids, ids, adapter_ids).backward()
-    for i in range(1, len(MIXED["gpt_bigcode"]) + 1):
+    for i in range(1, len(kinds) + 1):
         for ours, theirs in zip(flora.adapter_parameters(model, i).values(), flora.adapter_parameters(exact, i).values()):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-3)
 

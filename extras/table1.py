@@ -1,0 +1,311 @@
+"""Does FLoRA learn as well as LoRA? Table 1's form in held-out bits per byte of real code (§4.2).
+
+  python -m extras.table1
+
+Trains every language x method x seed of --seeds, each method at its own best learning rate, chosen
+on the first language with another seed, --seed. A training is a run of train.py in a folder of its
+own under --out, several at once. Trainings that have finished are kept: the same command, given
+again after an interruption or with more languages, methods or seeds, does only what is missing.
+
+extras/toys.py shares all but the measure.
+"""
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flora import BadInput
+from model import add_common_flags, read_json, run_main, save_figure, write_json
+from train import parse_args as train_args
+
+TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
+METHODS = {  # name in the table: flags of train.py
+    "flora-r1": "--adapter flora --rank 1",
+    "flora-r4": "--adapter flora --rank 4",
+    "lora-r1": "--adapter lora --rank 1",
+    "lora-r4": "--adapter lora --rank 4",
+    "ia3": "--adapter ia3",
+    "ia3-c_attn": "--adapter ia3 --targets c_attn",
+    "ffba-r2": "--adapter ffba --rank 2",
+}
+HEADERS = os.path.join(os.path.dirname(torch.__file__), "include")
+SITE = sysconfig.get_paths()["purelib"]
+CORPORA = {  # real code that the requirements bring: (folder, extensions)
+    "cpp": (HEADERS, ".h .hpp"),
+    "cuda": (HEADERS, ".cuh .cu"),
+    "cmake": (SITE, ".cmake"),
+    "pyi": (SITE, ".pyi"),
+}
+MUST_AGREE = ("adapter", "lr", "seed", "steps", "batch_size", "block_size", "dtype", "quantize")
+
+
+def losses(args):
+    """Train, and print held-out bits per byte."""
+    logs, sweep = train_table(args, dict(corpus(name) for name in args.languages))
+    table = {language: losses_row(methods) for language, methods in logs.items()}
+    print_accuracy(table, "held-out bits per byte (relative improvement) ± standard deviation over "
+                   "seeds", lambda base, x: f"{100 * (base - x) / base:+.1f} %")
+    draw(args.png, table, "held-out bits per byte saved", lambda base, x: base - x)
+    finish(args, table, sweep)
+
+
+def losses_row(methods):
+    """{method: [log.json of each seed]} -> {"base" or method: cell}."""
+    first = next(iter(methods.values()))
+    row = {"base": over_seeds([first[0]["heldout_bpb_before"]])}
+    for method, logs in methods.items():
+        row[method] = over_seeds([log["heldout_bpb_after"] for log in logs],
+                                 parameters=logs[0]["trainable_parameters"])
+    return row
+
+
+def corpus(name):
+    """"cpp", or "NAME=FOLDER:.EXT" for other code -> (name, train.py's --data and --ext)."""
+    if name in CORPORA:
+        folder, extensions = CORPORA[name]
+    else:
+        name, _, place = name.partition("=")
+        folder, _, extensions = place.rpartition(":")
+        if not (folder and extensions):
+            raise BadInput(f"--languages {name}: use one of {', '.join(CORPORA)}, or "
+                           "NAME=FOLDER:.EXT")
+    return name, ["--data", folder, "--ext", *extensions.split()]
+
+
+# --------------------------------------------------------------------------------------- trainings
+
+
+def train_table(args, languages):
+    """Tune on the first of {language: train.py's --data flags}, then train all languages x methods
+    x seeds -> ({language: {method: [log.json of each seed]}}, the sweep of `tune`)."""
+    sweep = tune(args, next(iter(languages.values())))
+    runs, folders = {}, {}
+    for language, data in languages.items():
+        folders[language] = {}
+        for method, tried in sweep.items():
+            rate = min(tried, key=tried.get)
+            mine = {f"{args.out}/{language}/{method}/{seed}": train_flags(
+                args, method, data, rate, seed) for seed in args.seeds}
+            folders[language][method] = list(mine)
+            runs |= mine
+    logs = train_all(runs, args.jobs)
+    seconds = np.mean([log["seconds"] for log in logs.values()])
+    print(f"\n{len(logs)} trainings of {args.steps} steps of {args.batch_size} x {args.block_size} "
+          f"tokens, {args.dtype}, {args.jobs} at once, {seconds:.0f} s each")
+    table = {}
+    for language, methods in folders.items():
+        table[language] = {method: [logs[f] for f in mine] for method, mine in methods.items()}
+    return table, sweep
+
+
+def tune(args, data):
+    """Choose each method's learning rate by held-out loss on `data` (train.py's flags). Prints the
+    sweep.
+
+    The rates go from train.py's default up by factors of two to 8, and on in either direction
+    while the last one tried is the best. -> {method: {rate: held-out bits/byte}}
+    """
+    sweep, wanted = {method: {} for method in args.methods}, {}
+    for method in args.methods:
+        default = train_args(args.methods[method].split()).lr
+        wanted[method] = [default, 2 * default, 4 * default, 8 * default]
+    while any(wanted.values()):
+        folders = {(method, rate): f"{args.out}/tune/{method}/{rate:g}"
+                   for method, rates in wanted.items() for rate in rates}
+        logs = train_all({folder: train_flags(args, method, data, rate, args.seed)
+                          for (method, rate), folder in folders.items()}, args.jobs)
+        for (method, rate), folder in folders.items():
+            sweep[method][rate] = logs[folder]["heldout_bpb_after"]
+        wanted = {method: next_rates(tried) for method, tried in sweep.items()}
+    print(f"\nlearning rates, tried on {args.languages[0]} with seed {args.seed}: "
+          "held-out bits/byte")
+    for method, tried in sweep.items():
+        cells = "  ".join(f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried))
+        print(f"{method:>12}  {cells}")
+    return sweep
+
+
+def next_rates(tried):
+    """{rate: loss} -> the rates to try next: beyond the best, if it lies at an end."""
+    best = min(tried, key=tried.get)
+    if best == max(tried):
+        return [2 * best]
+    if best == min(tried):
+        return [best / 2]
+    return []
+
+
+def train_flags(args, method, data, lr, seed):
+    """train.py's flags for one run."""
+    return [*args.methods[method].split(), *data, "--lr", f"{lr:g}", "--seed", str(seed),
+            "--weights", args.weights, "--steps", str(args.steps), *size_flags(args),
+            "--eval-every", str(args.steps), "--eval-tokens", str(args.eval_tokens),
+            *(["--quantize", args.quantize] if args.quantize else [])]
+
+
+def size_flags(args):
+    """train.py's flags that all of its runs share."""
+    return ["--batch-size", str(args.batch_size), "--block-size", str(args.block_size),
+            "--dtype", args.dtype, "--device", args.device]
+
+
+def train_all(runs, jobs):
+    """Run train.py for every {folder: flags} that has no result yet, `jobs` at once with the cores
+    shared out -> {folder: its log.json}.
+
+    A run that fails, or Ctrl-C, stops all; what has finished stays.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    logs = {}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
+        futures = {pool.submit(train_one, folder, flags, threads): folder
+                   for folder, flags in runs.items()}
+        try:
+            for future in as_completed(futures):
+                folder, log = futures[future], future.result()
+                logs[folder] = log
+                bits = f"{log['heldout_bpb_after']:.3f}"
+                bar.set_postfix(run=os.path.relpath(folder), bits=bits)
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return logs
+
+
+def train_one(folder, flags, threads):
+    """Run train.py with its output in folder/train.txt, unless it has run -> log.json."""
+    log = Path(folder, "log.json")
+    if log.exists():
+        refuse_other_flags(log, flags)
+        return read_json(log)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder, "train.txt"), "w") as text:
+        code = subprocess.run(
+            [sys.executable, TRAIN, *flags, "--out", folder, "--resume"], stdout=text, stderr=text,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+    if code:
+        raise BadInput(f"a training failed, see {folder}/train.txt; its command: python train.py "
+                       f"{shlex.join(flags)} --out {folder}")
+    return read_json(log)
+
+
+def refuse_other_flags(log, flags):
+    """BadInput where a finished run's log.json is of other settings than train.py's `flags`."""
+    done, asked = read_json(log), vars(train_args(flags))
+    for name in MUST_AGREE:
+        if done.get(name) != asked[name]:
+            raise BadInput(f"{log} was made with --{name.replace('_', '-')} {done.get(name)}, not "
+                           f"{asked[name]}; choose another --out, or delete it")
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def over_seeds(values, **more):
+    """A cell of a table: mean, standard deviation, the values."""
+    spread = float(np.std(values, ddof=len(values) > 1))
+    return dict(mean=float(np.mean(values)), spread=spread, seeds=values, **more)
+
+
+def print_accuracy(table, title, change):
+    """{row: {column: {mean, spread}}} as a Markdown table.
+
+    Each cell has change(base, mean), its change from the row's base column.
+    """
+    columns = list(next(iter(table.values())))
+    print(f"\n{title}\n\n| | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name, row in table.items():
+        base = row["base"]["mean"]
+        cells = [f"{base:.4f}"]
+        for method in columns[1:]:
+            mean, spread = row[method]["mean"], row[method]["spread"]
+            cells.append(f"{mean:.4f} ({change(base, mean)}) ± {spread:.4f}")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def draw(file, table, title, height):
+    """Bars of height(base, mean) for every row and method of `table`, with the spread of seeds."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    methods = list(next(iter(table.values())))[1:]
+    rows, width = list(table.values()), 1 / (len(methods) + 1)
+    figure, axis = plt.subplots(figsize=(1.5 + 1.6 * len(table), 3.6))
+    for i, method in enumerate(methods):
+        x = np.arange(len(table)) + (i - (len(methods) - 1) / 2) * width
+        heights = [height(row["base"]["mean"], row[method]["mean"]) for row in rows]
+        spreads = [row[method]["spread"] for row in rows]
+        axis.bar(x, heights, 0.9 * width, yerr=spreads, label=method, capsize=2)
+    axis.set_xticks(range(len(table)), list(table))
+    axis.set(ylabel=title)
+    axis.legend(fontsize=8)
+    save_figure(figure, file)
+
+
+def finish(args, table, sweep, **more):
+    """Write a table and its sweep as JSON."""
+    names = ("seeds", "steps", "batch_size", "block_size", "dtype", "weights")
+    settings = {name: getattr(args, name) for name in names}
+    file = args.json or f"{args.out}/table.json"
+    write_json(file, dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more))
+    print(f"\nwrote {file} and {args.png}")
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def new_parser(description, name, languages, methods, steps, more_languages=""):
+    """The flags that table1 and toys share."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--languages", nargs="+", default=languages, metavar="LANGUAGE",
+        help=f"default: {' '.join(languages)}; learning rates are chosen on the first"
+        + more_languages)
+    add("--methods", nargs="+", choices=list(methods), default=list(methods))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--steps", type=int, default=steps)
+    add("--batch-size", type=int, default=8)
+    add("--block-size", type=int, default=128, help="tokens per sequence")
+    add("--eval-tokens", type=int, default=16384, help="of held-out files, about")
+    add("--jobs", type=int, default=os.cpu_count() or 1,
+        help="trainings at once (default: one per core)")
+    add("--out", default=f"out/{name}")
+    add("--png", default=f"figures/table1_{name}.png")
+    add_common_flags(parser, dtypes=["float32", "bfloat16"])
+    parser.set_defaults(attention="flash", seed=100)   # --seed: of the choice of rates alone
+    return parser
+
+
+def parse(parser, methods, argv):
+    """Parse, with args.methods as {name: flags of train.py}; errors for counts below 1."""
+    args = parser.parse_args(argv)
+    for flag in ("samples", "steps", "base_steps", "batch_size", "block_size", "jobs"):
+        if getattr(args, flag, 1) < 1:
+            parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number "
+                         "of at least 1")
+    args.methods = {name: methods[name] for name in args.methods}
+    return args
+
+
+def parse_args(argv=None):
+    parser = new_parser(__doc__, "losses", list(CORPORA), METHODS, steps=150,
+                        more_languages="; NAME=FOLDER:.EXT adds code of your own")
+    return parse(parser, METHODS, argv)
+
+
+def main():
+    losses(parse_args())
+
+
+if __name__ == "__main__":
+    run_main(main)

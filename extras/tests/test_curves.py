@@ -1,0 +1,26 @@
+"""The figure of train.py --plot."""
+import json
+
+import pytest
+
+import train
+from test_flora import run_script
+from test_flora import test_bad_input_is_one_sentence_and_exit_status_2 as check_bad_input
+
+
+def test_plot_draws_runs_as_png(tmp_path, monkeypatch):
+    for name, adapter in (("a", "flora"), ("b", "ia3")):
+        log = [dict(step=0, heldout_loss=5.0), dict(step=9, heldout_loss=4.0)]
+        report = dict(adapter=adapter, rank=1, trainable_parameters=1234, log=log)
+        (tmp_path / f"{name}.json").write_text(json.dumps(report))
+    run_script(train.main, ["train.py", "--plot", tmp_path / "a.json", tmp_path / "b.json",
+                            "--out", tmp_path / "runs.png"], monkeypatch)
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    ("--plot {short}/a.h", "a.h: not readable as JSON")])
+def test_bad_input_is_one_sentence_and_exit_status_2(
+        flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
+    check_bad_input("train", flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch,
+                    capsys)

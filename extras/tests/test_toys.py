@@ -1,0 +1,55 @@
+"""extras/toys.py and toy_problems.py: problems split by task, adapters scored by execution."""
+import subprocess
+import sys
+
+import pytest
+
+from extras import passk, table1, toys
+from extras.languages import run_program
+from extras.tests.test_languages import needs
+from extras.tests.test_table1 import small_table, train_here
+from flora import BASE
+from test_flora import HERE
+
+
+def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
+        tiny_folder, tmp_path, monkeypatch):
+    needs("sh")
+    monkeypatch.setattr(table1, "train_all", train_here)
+    flags = ("--languages", "sh", "--methods", "lora-r4", "--base-steps", "4", "--samples", "1",
+             "--i-trust-the-code")
+    seed = 0
+
+    def solutions(model, tokenizer, adapter_id, todo, **settings):
+        """The adapter of seed 1 knows the first 12 of 48 by heart."""
+        nonlocal seed
+        for i, (problem, number) in enumerate(todo):
+            knows = adapter_id != BASE and seed == 1 and i < 12
+            yield problem, number, problem.solution if knows else "", 1, None
+        seed += adapter_id != BASE
+
+    monkeypatch.setattr(passk, "sample_completions", solutions)
+    result = small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
+    assert result["table"]["sh"]["base"]["mean"] == 0 and result["base_in_python"] == 0
+    assert result["table"]["sh"]["lora-r4"]["seeds"] == [0, 0.25]
+    monkeypatch.setattr(passk, "sample_completions",
+                        lambda *args, **settings: pytest.fail("scores are kept"))
+    again = small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
+    assert again["table"] == result["table"]
+
+
+def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(tmp_path):
+    subprocess.run([sys.executable, "-m", "extras.toy_problems", tmp_path], check=True, cwd=HERE)
+    names = None
+    for file in sorted(tmp_path.glob("*.jsonl")):
+        problems = passk.read_problems(file)
+        assert names in (None, [p.name for p in problems]) and len(problems) == 48
+        names = [p.name for p in problems]
+        task = 1 if file.stem == "py" else 0   # the line that says it
+        trained_on = {text.read_text().split("\n")[task]
+                      for text in (tmp_path / file.stem).iterdir()}
+        assert not trained_on & {p.prompt.split("\n")[task] for p in problems}
+        needs(file.stem)
+        for problem in problems[::6]:
+            program = f"{problem.prompt}{problem.solution}\n{problem.tests}"
+            assert run_program(file.stem, program).outcome == "passed"

@@ -1,0 +1,126 @@
+"""Does FLoRA learn as well as LoRA? Table 1's form in pass@1, on problems made for small models.
+
+  python -m extras.toys --i-trust-the-code
+
+A base model that has learnt a family of toy problems (extras/toy_problems.py) in Python alone is
+adapted to each of the other languages, and scored by running what it writes for held-out problems.
+Trainings, learning rates, seeds and what is kept: as in extras/table1.py. Scores are kept too.
+
+Generated programs are untrusted: read the top of extras/sandbox.py.
+"""
+import os
+from collections import Counter
+from pathlib import Path
+
+from tqdm import tqdm
+
+import flora
+from extras import table1, toy_problems
+from extras.passk import (add_consent_flag, check_languages, evaluate_problems, read_problems,
+                          require_consent, summary)
+from generate import load_adapters, load_model
+from model import read_json, run_main, write_json
+
+METHODS = {  # name in the table: flags of train.py
+    "flora-r4": "--adapter flora --rank 4 --targets all",
+    "lora-r4": "--adapter lora --rank 4 --targets all",
+    "ia3": "--adapter ia3 --targets all",
+}
+
+
+def toys(args):
+    """Make the problems, train, run programs, print pass@1."""
+    require_consent(args)
+    held_out = make_problems(f"{args.out}/problems", ["py", *args.languages])
+    for problems in held_out.values():
+        check_languages(problems)
+    data = {language: ["--data", f"{args.out}/problems/{language}", "--keep-duplicates"]
+            for language in held_out}
+    args.weights = train_base(args, data.pop("py"))
+    logs, sweep = table1.train_table(args, data)
+    table, in_python = score_all(args, held_out, logs)
+    print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, which it "
+          "was trained on")
+    table1.print_accuracy(
+        table, "pass@1 on held-out problems (change) ± standard deviation over seeds",
+        lambda base, x: f"{x - base:+.4f}")
+    table1.draw(args.png, table, "pass@1 on held-out problems", lambda base, x: x)
+    table1.finish(args, table, sweep, base_in_python=in_python)
+
+
+def make_problems(folder, languages):
+    """Make the toy problems, unless they are there -> {language: its held-out problems}."""
+    if not os.path.exists(folder):
+        toy_problems.main(f"{folder}.tmp")
+        os.replace(f"{folder}.tmp", folder)
+    return {language: read_problems(f"{folder}/{language}.jsonl") for language in languages}
+
+
+def train_base(args, data):
+    """Train the base model on the problems in Python, given as train.py's --data -> its folder."""
+    folder = f"{args.out}/base"
+    flags = ["--adapter", "none", "--weights", args.weights, *data, "--lr", "1e-3",
+             "--steps", str(args.base_steps), "--eval-every", str(args.base_steps),
+             *table1.size_flags(args)]
+    table1.train_all({folder: flags}, 1)
+    return folder
+
+
+def score_all(args, held_out, logs):
+    """pass@1 of {language: problems} by the base and by every adapter.
+
+    logs: {language: {method: [log.json of each seed]}}. -> ({language: {"base" or method: cell}},
+    the base's pass@1 in Python)
+    """
+    model, tokenizer = load_model(args)
+
+    def score(language, adapter, file):
+        if not os.path.exists(file):
+            counts = run_adapter(model, tokenizer, adapter, held_out[language], args.samples)
+            write_json(file, dict(counts=counts))
+        counts = [Counter(outcomes) for outcomes in read_json(file)["counts"]]
+        return summary(held_out[language], counts, [1])[0]["pass@1"]
+
+    in_python = score("py", "none", f"{args.weights}/pass.json")
+    table = {}
+    adapters = sum(len(seeds) for methods in logs.values() for seeds in methods.values())
+    with tqdm(total=adapters, unit="adapter") as bar:
+        for language, methods in logs.items():
+            base = score(language, "none", f"{args.out}/{language}/pass.json")
+            table[language] = {"base": table1.over_seeds([base])}
+            for method, seeds in methods.items():
+                passed = []
+                for log in seeds:
+                    file = Path(log["adapter_file"])
+                    passed.append(score(language, str(file), str(file.with_name("pass.json"))))
+                    bar.update()
+                table[language][method] = table1.over_seeds(
+                    passed, parameters=seeds[0]["trainable_parameters"])
+    return table, in_python
+
+
+def run_adapter(model, tokenizer, adapter, problems, samples):
+    """Sample and run programs with an adapter file, or "none" -> a Counter for each problem."""
+    adapter_id = load_adapters(model, [adapter])[adapter]
+    counts = evaluate_problems(model, tokenizer, adapter_id, problems, samples, max_new_tokens=96,
+                               temperature=0.1, slots=16)
+    if adapter_id != flora.BASE:
+        flora.remove_adapter(model, adapter_id)
+    return counts
+
+
+def parse_args(argv=None):
+    parser = table1.new_parser(__doc__, "toys", ["pl", "js", "sh"], METHODS, steps=300)
+    parser.add_argument("--base-steps", type=int, default=700,
+                        help="steps in which the base model learns the family in Python")
+    parser.add_argument("--samples", type=int, default=5, help="per problem, at temperature 0.1")
+    add_consent_flag(parser)
+    return table1.parse(parser, METHODS, argv)
+
+
+def main():
+    toys(parse_args())
+
+
+if __name__ == "__main__":
+    run_main(main)
