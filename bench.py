@@ -706,14 +706,15 @@ def main():
     if args.plot:
         png = args.png or os.path.join("figures", "fig3.png")
         return extra("bench_more", "--plot").draw_together(args.plot, png)
+    more = [extra("bench_more", f"--mode {mode}").MODES[mode]
+            for mode in ("layer", "token") if mode in args.mode]
     bench = prepare(args)
     bandwidth, flops = measure_limits(bench.device, bench.dtype)
     bench.result["limits"] = share_of_limits(bench.model, args.slots, bandwidth, flops)
     print(f"limits: {json.dumps(bench.result['limits'])}", flush=True)
     rows = bench.result["rows"] = []
-    for mode in ("layer", "token"):
-        if mode in args.mode:
-            rows += extra("bench_more", f"--mode {mode}").MODES[mode](bench)
+    for bench_mode in more:
+        rows += bench_mode(bench)
     if PANELS.keys() & args.mode:
         served = bench_serving(bench)
         rows += served

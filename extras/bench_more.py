@@ -105,8 +105,8 @@ def run_layer(bench, variant, tokens):
         adapters = 1 + torch.arange(slots, device=bench.device) % num_adapters
     if num_adapters and tokens == 1:   # as in decoding, where rows are gathered once
         adapters = flora.gather(bench.model, adapters)
-    time = seconds(lambda: layer(x, adapters), bench.device, repeats=3)
-    return dict(tokens_per_second=slots * tokens / time)
+    forward = seconds(lambda: layer(x, adapters), bench.device, repeats=3)
+    return dict(tokens_per_second=slots * tokens / forward)
 
 
 @torch.inference_mode()
