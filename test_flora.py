@@ -1272,8 +1272,8 @@ def check_bench_result(result, printed, folder):
 
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
     for flags, sentence in [
-            (["--ranks", "0"], "--ranks is .0.; use whole numbers"), (["--num-adapters", "0"], "--num-adapters is 0"),
-            (["--request-rate", "-1"], "--request-rate and --scale must be above 0"),
+            (["--ranks", "0"], "--ranks is 0; use a whole number of at least 1"), (["--num-adapters", "0"], "--num-adapters is 0"),
+            (["--request-rate", "-1"], "--request-rate is -1.0; use a number above 0"),
             (["--model", "starcoder"], "--model needs --random-weights"), (["--random-weights"], "--model needs"),
             (["--model", "starcodr", "--random-weights"], "--model starcodr: unknown; use one of tiny_starcoder_py"),
             (["--rows", "lore"], "--rows lore"),
