@@ -553,8 +553,7 @@ def check_args(parser, args):
 def main():
     args = parse_args()
     if args.requests:
-        serve = flora.extra("requests", "--requests").serve
-        return serve(args, *load_model(args))
+        return flora.extra("requests", "--requests").serve(args)
     prompts, names = read_prompts(args)
     model, tokenizer = load_model(args)
     loaded = load_adapters(model, names)
