@@ -165,7 +165,7 @@ def submit(engine, tokenizer, problem, **settings):
         text = tokenizer.decode(ids[-tail:], continues=True)
         return any(stop in text for stop in problem.stops)
 
-    return engine.submit(ids, eos_id=tokenizer.eos_id, stopped=stopped if problem.stops else None,
+    return engine.submit(ids, eos_id=tokenizer.eos_ids, stopped=stopped if problem.stops else None,
                          **settings)
 
 
