@@ -601,10 +601,10 @@ class PieceTokenizer:
         from sentencepiece import SentencePieceProcessor
         with open(file, "rb") as f:
             proto = f.read()
-        normal = SentencePieceProcessor(model_proto=proto).normalize("a")
-        self.prefix = " " if normal.startswith("▁") else ""
-        # Llama's puts a space before a text. encode does that instead, so that a text may come in
-        # parts: a field after the protobuf's end, normalizer_spec.add_dummy_prefix = 0, overrides
+        self.whole = SentencePieceProcessor(model_proto=proto)   # Llama's puts a space before a text
+        self.prefix = " " if self.whole.normalize("a").startswith("▁") else ""
+        # One that does not, for what goes on from a text: a field after the protobuf's end,
+        # normalizer_spec.add_dummy_prefix = 0, overrides
         self.sp = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
         self.added = read_added_tokens(os.path.dirname(file))         # {text: id}
@@ -618,31 +618,35 @@ class PieceTokenizer:
         return None if i == self.sp.unk_id() else i
 
     def encode(self, text):
-        if not self.added:
-            return self.encode_pieces(self.prefix + text if text else text)
-        ids, longest_first = [], sorted(self.added, key=len, reverse=True)
-        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
-            if part in self.added:
-                ids.append(self.added[part])
-            elif part:
-                ids += self.encode_pieces(part if ids else self.prefix + part)
-        return ids
+        longest_first = sorted(self.added, key=len, reverse=True)
+        split = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")   # (?!): nowhere
+        ids, start = [], 0
+        for found in split.finditer(text):
+            ids += self.encode_pieces(text[start:found.start()]) + [self.added[found.group()]]
+            start = found.end()
+        return ids + self.encode_pieces(text[start:])
 
     def encode_pieces(self, text):
+        if not text:
+            return []
         # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
         low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        first, *rest = (self.sp.encode(part) for part in text.split("▁"))
-        return first + [i for part in rest for i in low_line + part]
+        first, *rest = text.split("▁")
+        ids = self.whole.encode(first) if first else self.sp.encode(self.prefix)
+        return ids + [i for part in rest for i in low_line + self.sp.encode(part)]
 
     def decode(self, ids):
         """Ids without a text, of padding in the embedding, are left out."""
         text, run = "", []
-        for i in [*ids, None]:
-            if i is not None and i not in self.texts and i < self.sp.vocab_size():
+        for i in ids:
+            if i in self.texts:
+                text, run = text + self.decode_pieces(run) + self.texts[i], []
+            elif i < self.sp.vocab_size():
                 run.append(i)
-                continue
-            text, run = text + self.sp.decode(run) + self.texts.get(i, ""), []
-        return text.removeprefix(self.prefix)
+        return text + self.decode_pieces(run)
+
+    def decode_pieces(self, ids):
+        return self.sp.decode(ids).removeprefix(self.prefix)
 
 
 def read_added_tokens(folder):

@@ -137,10 +137,11 @@ class Half(AdapterLinear):
             bank.half = stack_rows([a.rows() if a.kind == "ffba" else nothing for a in adapters])
         if halves and halves[0].half == "A":
             # All columns meet all rows in one matmul, where 0 times NaN is NaN: an adapter that
-            # diverged gives its NaN to its own tokens alone, by an addition
-            finite = bank.half.isfinite().flatten(1).all(1, keepdim=True)                 # [n + 1, 1]
-            bank.spoilt = torch.where(finite, 0.0, float("nan"))
-            bank.half = bank.half.nan_to_num(0.0, 0.0, 0.0)
+            # diverged or overflows gives its NaN to its own tokens alone, by an addition
+            dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float16
+            finite = bank.half.to(dtype).isfinite().flatten(1).all(1)                     # [n + 1]
+            bank.spoilt = torch.where(finite, 0.0, float("nan"))[:, None]
+            bank.half = torch.where(finite[:, None, None], bank.half, 0.0)
         if any(a.half == "B" and a.activation == "block" for a in halves):
             block = torch.tensor([a.activation == "block" for a in adapters], device=self.weight.device)
             bank.block = block[:, None].repeat(1, bank.half.shape[1])
