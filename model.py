@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import (AdapterLinear, BadInput, check, check_weights, existing_file, extra, is_a,
-                   read_json, save_tensors, write_json)
+from flora import (AdapterLinear, BadInput, check, check_weights, digest_files, existing_file, extra,
+                   is_a, open_output, read_json, save_tensors, write_json)
 
 
 @dataclass
@@ -522,6 +522,12 @@ def read_shards(folder, index, weight_map):
     return {existing_file(shard): shards[shard] for shard in sorted(shards)}
 
 
+def base_digest(folder):
+    """The digest of all that makes up a base model: its weights, config and tokenizer."""
+    beside = [os.path.join(folder, name) for name in ("config.json", *TOKENIZER_FILES)]
+    return digest_files([*weight_files(folder), *filter(os.path.isfile, beside)])
+
+
 def stored_tensors(folder):
     """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time, mapped from disk."""
     files = weight_files(folder)
@@ -788,11 +794,10 @@ def get_device(name):
 
 
 def save_figure(figure, file, dpi=130):
-    """Write a matplotlib figure as PNG whole: under a temporary name, then renamed."""
+    """Write a matplotlib figure as PNG."""
     figure.tight_layout()
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    figure.savefig(f"{file}.tmp", format="png", dpi=dpi)
-    os.replace(f"{file}.tmp", file)
+    with open_output(file) as f:
+        figure.savefig(f, format="png", dpi=dpi)
 
 
 def run_main(main):
