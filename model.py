@@ -761,7 +761,7 @@ def add_common_flags(parser, dtypes):
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
-                        help="default: bfloat16 on cuda, else float32")
+                        help="default: bfloat16 on cuda, otherwise float32")
     parser.add_argument("--quantize", choices=["int8"],
                         help="hold the base's projections as int8, a scale per output")
     parser.add_argument("--seed", type=int, default=0)

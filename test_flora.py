@@ -946,7 +946,6 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
     ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
-    ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),
     ("generate", "--prompt a --adapter {empty}/x", "x: no such adapter file"),
