@@ -679,6 +679,163 @@ def test_tokenizer_json_special_tokens():
     assert len(tokenizer.encode("    return")) == 2  # merges apply
 
 
+def copy_of_tiny(folder, **config):
+    shutil.copytree(TINY, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
+    return folder
+
+
+def test_every_end_token_of_a_folder_ends_a_text_and_none_is_in_it(tmp_path):
+    """generation_config.json comes first, then config.json; as in transformers."""
+    folder = copy_of_tiny(tmp_path / "a", eos_token_id=[2, 7])
+    assert Tokenizer(folder).eos_ids == [2, 7] and GPT.from_pretrained(folder).config.eos_token_id == [2, 7]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 250]}))
+    tokenizer, model = Tokenizer(folder), GPT.from_pretrained(folder)
+    assert (tokenizer.eos_id, tokenizer.eos_ids) == (9, [9, 250])
+    free = generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12)[0]
+    for eos in (free[3], free[:4], [300 - 1, *free[2:3]]):
+        end = min(free.index(i) for i in generate.as_list(eos) if i in free)
+        ids = generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12, eos_id=eos)[0]
+        assert ids == free[:end + 1]
+    assert generate.new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"
+    for bad in ([300], -1, "x", [True]):
+        copy_of_tiny(tmp_path / f"bad{bad}", eos_token_id=bad)
+        for load in (Tokenizer, GPT.from_pretrained):
+            with pytest.raises(BadInput, match="eos_token_id"):
+                load(tmp_path / f"bad{bad}")
+
+
+def test_what_training_scripts_leave_in_a_tokenizer_json_changes_no_text(tmp_path):
+    """Truncation and padding are off; a prefix space stands at the start of a prompt alone."""
+    from tokenizers import Tokenizer as HFTokenizer
+    folder, text = copy_of_tiny(tmp_path / "a"), "def fibonacci(n):\n    return n"
+    hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
+    hf.enable_truncation(4)
+    hf.enable_padding(length=9)
+    hf.save(str(folder / "tokenizer.json"))
+    assert Tokenizer(folder).encode(text) == Tokenizer(TINY).encode(text)
+    values = json.loads((TINY / "tokenizer.json").read_text())
+    steps = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
+    changed = [step for step in steps if step["type"] == "ByteLevel"]
+    changed[0]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("x")) == " x"
+    for text in ("return", " return", "\n    return 1"):
+        assert tokenizer.decode(Tokenizer(TINY).encode(text), continues=True) == text
+
+
+def test_text_that_the_model_has_no_ids_for_is_refused_in_every_script(tmp_path, monkeypatch):
+    folder = copy_of_tiny(tmp_path / "a")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "<extra>"})
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.encode("a<fim_pad>b") and tokenizer.decode([300]) == "<extra>"
+    for text, sentence in [("a<extra>b", "a text has token id 300, but the model of .* has ids 0 to 299"),
+                           ("caf\udce9", "half of a surrogate pair .*not Unicode")]:
+        with pytest.raises(BadInput, match=sentence):
+            tokenizer.encode(text)
+    (tmp_path / "data").mkdir()
+    for i in range(6):
+        (tmp_path / "data" / f"{i}.py").write_text(f"x = {i}\n" * 9 + "<extra>")
+    flags = tiny_flags(folder, tmp_path / "out", "--data", tmp_path / "data", "--keep-duplicates", "--block-size", 8)
+    with pytest.raises(BadInput, match="token id 300"):
+        train.train(train.parse_args(flags))
+
+
+def test_weights_that_are_not_what_config_json_says_are_never_dropped_or_half_read(tmp_path):
+    """A tied embedding that differs, a tensor in two shards, types and values that are no weights."""
+    tensors, config = load_file(TINY / "model.safetensors"), json.loads((TINY / "config.json").read_text())
+    embedding = tensors["transformer.wte.weight"]
+
+    def load(tensors, name="model.safetensors", dtype=torch.float32, **changes):
+        folder = tmp_path / str(len(os.listdir(tmp_path)))
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        if name.endswith(".safetensors"):
+            save_file(tensors, folder / name)
+        else:
+            torch.save(tensors, folder / name)
+        return GPT.from_pretrained(folder, dtype=dtype)
+
+    assert torch.equal(load(tensors | {"lm_head.weight": embedding.clone()}).wte.weight, embedding)
+    with pytest.raises(BadInput, match="lm_head.weight differs from the embedding, to which config.json ties it"):
+        load(tensors | {"lm_head.weight": embedding + 1})
+    name = "transformer.h.0.attn.c_attn.weight"
+    weight = tensors[name]
+    for bad, dtype, sentence in [
+            (weight.int(), torch.float32, "c_attn.weight holds int32; weights must be"),
+            (weight.to(torch.float8_e4m3fn), torch.float32, "holds float8_e4m3fn; weights must be"),
+            (weight * float("nan"), torch.float32, "holds values that are not finite in float32"),
+            (weight * 1e6, torch.float16, "holds values that are not finite in float16; .* --dtype")]:
+        with pytest.raises(BadInput, match=sentence):
+            load(tensors | {name: bad}, dtype=dtype)
+    load(tensors | {name: weight * 1e6})
+    for key in ("n_layer", "n_positions", "vocab_size"):
+        with pytest.raises(BadInput, match=f"{key} is 1000000000, but|needs .1000000000, 24."):
+            load(tensors, **{key: 10**9})
+    with pytest.raises(BadInput, match="pytorch_model.bin: .*holds more than tensors"):
+        load({"model": TestCase()}, "pytorch_model.bin")
+    with pytest.raises(BadInput, match="step is not a tensor"):
+        load({"step": 3}, "pytorch_model.bin")
+
+
+class TestCase:
+    """Something that is not a tensor, for a pickle to hold."""
+    __test__ = False
+
+
+def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
+    folder = copy_of_tiny(tmp_path / "a")
+    tensors, name = load_file(folder / "model.safetensors"), "transformer.ln_f.weight"
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "model-1.safetensors")
+    for shard, kept in (("model-1.safetensors", 1), ("model-2.safetensors", 2)):
+        save_file({name: 2 * tensors[name]}, folder / "model-2.safetensors")
+        weight_map = dict.fromkeys(tensors, "model-1.safetensors") | {name: shard, "x": "model-2.safetensors"}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        assert torch.equal(GPT.from_pretrained(folder).ln_f.weight, kept * tensors[name])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
+def test_pointers_of_git_lfs_folders_and_pipes_are_named_as_such(name, tmp_path):
+    folder = copy_of_tiny(tmp_path / "a")
+    (folder / "model.safetensors").unlink() if name == "pytorch_model.bin" else None
+    (folder / name).unlink(missing_ok=True)
+    load = Tokenizer if name == "tokenizer.json" else GPT.from_pretrained
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(BadInput, match=f"{name}: is a pointer of Git LFS, not the file itself"):
+        load(folder)
+    (folder / name).unlink()
+    for put in (os.mkdir, os.mkfifo):
+        put(folder / name)
+        with pytest.raises(BadInput, match=f"{name}: is not a file but a folder, device or pipe"):
+            load(folder)
+        os.rmdir(folder / name) if put is os.mkdir else os.unlink(folder / name)
+
+
+def test_a_merged_folder_keeps_what_goes_with_the_tokenizer_and_no_stranger(tmp_path):
+    source = copy_of_tiny(tmp_path / "source", eos_token_id=[2, 5])
+    for name, text in [("generation_config.json", '{"eos_token_id": [2, 5, 9]}'), ("chat_template.jinja", "{{ x }}"),
+                       ("tokenizer_config.json", '{"model_max_length": 64}')]:
+        (source / name).write_text(text)
+    model, merged = GPT.from_pretrained(source), tmp_path / "merged"
+    flora.merge_adapter(model, random_adapter(model, "flora"))
+    merged.mkdir()
+    shutil.copy(Path(EMBEDDED) / "tokenizer.model", merged)      # a stranger's
+    (merged / "special_tokens_map.json").write_text("{}")
+    for _ in range(2):
+        model.save_pretrained(merged)
+        Tokenizer(source).save(merged)
+    assert sorted(os.listdir(merged)) == ["chat_template.jinja", "config.json", "generation_config.json",
+                                          "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == [2, 5]
+    assert Tokenizer(merged).eos_ids == [2, 5, 9]
+    Tokenizer(merged).save(merged)   # onto itself
+
+
 # --------------------------------------------------------------------------------------- training
 
 

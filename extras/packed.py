@@ -12,38 +12,40 @@ from flora import Plain, adapter_layers
 
 
 class Copies(dict):
-    """{(shape, offset) of a weight: (the weight, its version, its packed copy)}. Holding the weight
-    keeps its address from being used again. Copied or pickled it is empty: oneDNN's tensors allow
-    neither."""
+    """{(lo, hi): (a weight, its address and version, its rows [lo, hi) packed)}. Copied or pickled it
+    is empty: oneDNN's tensors allow neither."""
 
     def __reduce__(self):
         return Copies, ()
 
 
 class PackedLinear:
-    """F.linear(x, weight, bias) by copies of the weights that it is given, made at first use and
-    again when a weight has changed."""
+    """F.linear(x, weight[lo:hi], bias) by packed copies of one weight, made at first use and again
+    when it has changed."""
 
     def __init__(self):
         self.copies = Copies()
 
-    def __call__(self, x, weight, bias=None):
+    def __call__(self, x, weight, bias=None, lo=0, hi=None):
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.linear(x, weight, bias)
-        key = weight.shape, weight.storage_offset()
-        held, version, packed = self.copies.get(key, (None, None, None))
-        if version != weight._version or held.data_ptr() != weight.data_ptr():
-            weight = weight.detach()
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            self.copies[key] = weight, weight._version, packed
+            return F.linear(x, weight[lo:hi], bias)
+        now = weight.data_ptr(), weight._version
+        held, then, packed = self.copies.get((lo, hi), (None, None, None))
+        if held is not weight or then != now:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach()[lo:hi], None)
+            self.copies[lo, hi] = weight, now, packed
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class Packed(Plain):
-    """The form of a layer whose product is a PackedLinear."""
+    """The form of a layer whose products are PackedLinears: of its weight, and of one that is made
+    from it (extras/ffba.py)."""
 
     def __init__(self):
-        self.times = PackedLinear()
+        self.linear, self.times = PackedLinear(), PackedLinear()
+
+    def product(self, layer, x, lo, hi, bias):
+        return self.linear(x, layer.weight, bias, lo, hi)
 
 
 def pack(model):

@@ -1,5 +1,6 @@
 """Llama: what the core promises of StarCoder holds for it, and what it alone has."""
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -124,3 +125,19 @@ def test_llama_tokenizers_put_their_bos_before_a_text_and_read_their_eos(llama_s
     for stored, eos in [(7, 7), ([9, 7], 9), (None, 2)]:
         (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stored}))
         assert Tokenizer(tmp_path).eos_id == eos
+
+
+def test_tokens_added_beside_a_tokenizer_model_are_single_ids(llama_sentencepiece, tmp_path):
+    """As in transformers, which puts the space of a text before each part; ids without a text are nothing."""
+    n = Tokenizer(llama_sentencepiece).vocab_size
+    shutil.copy(llama_sentencepiece / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": n, "<|im_end|>": n + 1, "<|im": n + 2}))
+    plain, tokenizer = Tokenizer(llama_sentencepiece), Tokenizer(tmp_path)
+    text = "<|im_start|>def f():<|im_end|> x"
+    assert tokenizer.encode(text) == [n, *plain.encode("def f():"), n + 1, *plain.encode(" x")]
+    assert tokenizer.decode(tokenizer.encode(text)) == text and tokenizer.vocab_size == n + 3
+    assert tokenizer.decode([*plain.encode("a"), n + 9, n + 1]) == "a<|im_end|>"
+    assert tokenizer.token_id("<|im_end|>") == n + 1
+    (tmp_path / "added_tokens.json").write_text('{"x": "y"}')
+    with pytest.raises(BadInput, match="added_tokens.json: .* must be a whole number"):
+        Tokenizer(tmp_path)
