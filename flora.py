@@ -966,8 +966,9 @@ def adapter_digest(name):
     return digest(*parts)
 
 
-CONTENT = {"base": "base model", "data": "data", "adapter_content": "adapter", "from_lora": "LoRA",
-           "problems": "problems"}   # settings that are digests: what they stand for
+CONTENT = {   # settings that are digests: what they stand for
+    "base": "base model", "data": "data", "adapter_file": "adapter", "lora": "LoRA",
+    "problems": "problems"}
 
 
 def difference(made, now):

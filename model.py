@@ -741,7 +741,8 @@ class Tokenizer:
         for name in TOKENIZER_FILES:
             source, target = (os.path.join(place, name) for place in (self.folder, folder))
             if os.path.isfile(source):
-                shutil.copy(source, target)
+                with open(source, "rb") as read, open_output(target) as write:
+                    shutil.copyfileobj(read, write)
             elif os.path.isfile(target):
                 os.remove(target)
 

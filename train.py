@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput, write_json
-from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, check_numbers, get_device,
+from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, base_digest, check_numbers, get_device,
                    model_class, read_config, run_main)
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
@@ -314,10 +314,7 @@ def learning_rate(step, args):
 
 def check_finite(name, value, step, args):
     if not math.isfinite(value):
-        file, kept = Path(args.out, "checkpoint.pt"), "no checkpoint was written yet"
-        if file.exists():
-            kept = f"the last good checkpoint is kept in {file}"
-        raise FloatingPointError(f"the {name} is {value} at step {step}; {kept}; lower --lr")
+        raise FloatingPointError(f"the {name} is {value} at step {step}; {kept(args)}; lower --lr")
 
 
 @contextlib.contextmanager
@@ -364,20 +361,39 @@ def over_processes(loss, asked_to_stop):
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-# What a checkpoint must share with the run that resumes it.
-RESUME_KEYS = ("adapter", "from_lora", "rank", "targets", "alpha", "ffba_activation", "data", "ext",
-               "keep_duplicates", "steps", "batch_size", "grad_accum", "block_size", "lr", "warmup",
-               "seed", "vocab_size", "n_layer", "n_head", "n_embd", "quantize")
+# The flags that decide what a run learns, beside the contents of its base and its data
+RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "ffba_activation", "steps", "batch_size",
+               "grad_accum", "block_size", "eval_tokens", "lr", "warmup", "clip", "seed", "vocab_size",
+               "n_layer", "n_head", "n_embd", "dtype", "quantize")
+
+
+def made_with(args, texts):
+    """All that decides what a run learns: {flag: value, "base", "data" and "lora": digest}."""
+    scratch = args.adapter == "none" and args.weights is None
+    return {key: getattr(args, key) for key in RESUME_KEYS if key in args} | dict(
+        base=None if scratch else base_digest(args.weights or EMBEDDED),
+        data=flora.digest(*texts[0], "held out:", *texts[1]),
+        lora=flora.adapter_digest(args.from_lora) if args.from_lora else None)
 
 
 def save_checkpoint(step, parameters, optimizer, log, args):
     if RANK > 0:
         return
-    flags = {key: getattr(args, key) for key in RESUME_KEYS if key in args}
+    state = dict(step=step, trained=parameters, optimizer=optimizer.state_dict(), log=log,
+                 args=getattr(args, "made_with", {}))
+    try:
+        with flora.open_output(Path(args.out, "checkpoint.pt")) as f:
+            torch.save(state, f)
+    except BadInput as e:
+        raise BadInput(f"{e} at step {step}; {kept(args)}") from None
+
+
+def kept(args):
+    """What is kept of a run that stops before its end."""
     file = Path(args.out, "checkpoint.pt")
-    torch.save(dict(step=step, trained=parameters, optimizer=optimizer.state_dict(), log=log,
-                    args=flags), f"{file}.tmp")
-    os.replace(f"{file}.tmp", file)
+    if file.exists():
+        return f"the last good checkpoint is kept in {file}"
+    return "no checkpoint was written yet"
 
 
 def load_checkpoint(file):
@@ -388,20 +404,14 @@ def load_checkpoint(file):
 
 
 def open_checkpoint(args):
-    """Make OUT a folder -> the checkpoint in it to go on from, or None to start at step 0.
+    """The checkpoint in OUT to go on from, or None to start at step 0.
 
-    BadInput for an unfinished run without --resume, and for --resume with other flags."""
+    BadInput for an unfinished run without --resume."""
     file = Path(args.out, "checkpoint.pt")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
+    for unfinished in file.parent.glob(f"{file.name}.*.tmp"):   # by a run that was killed
+        unfinished.unlink()
     checkpoint = load_checkpoint(file) if file.exists() else None
     if args.resume and checkpoint:
-        for key, value in checkpoint["args"].items():
-            if value != getattr(args, key):
-                raise BadInput(f"{file} was made with --{key.replace('_', '-')} {value}, not "
-                               f"{getattr(args, key)}; give the same flags to --resume")
         return checkpoint
     if args.resume:
         say(f"{file}: no checkpoint yet, so starting at step 0")
@@ -409,6 +419,19 @@ def open_checkpoint(args):
         raise BadInput(f"{file} is an unfinished run at step {checkpoint['step']}; add --resume "
                        "to go on with it, or choose another --out")
     return None
+
+
+def check_same(checkpoint, args):
+    """BadInput, naming the first difference, where a checkpoint was made with other settings,
+    another base or other data than those of this run."""
+    file, then, now = Path(args.out, "checkpoint.pt"), checkpoint["args"], args.made_with
+    if "base" not in then:   # of an earlier version: the names of its data stand there instead
+        now = now | {key: getattr(args, key, None) for key in then}
+        say(f"{file}: was written before checkpoints had fingerprints; whether base, data, --clip, "
+            "--dtype and --eval-tokens are the same is not checked")
+    other = flora.difference(then, now)
+    if other:
+        raise BadInput(f"{file} was made with {other}; give the same flags to --resume")
 
 
 def restore(checkpoint, parameters, optimizer):
@@ -430,17 +453,40 @@ def train(args):
         run = flora.extra("pretrain", "--adapter none").pretrain
     elif args.from_lora:
         run = flora.extra("lora_to_flora", "--from-lora").copy_lora
-    elif args.targets is None:
-        family = model_class(read_config(args.weights or EMBEDDED).model_type)
-        args.targets = flora.default_targets(family, args.adapter)
+    fill_targets(args)
     device = start_processes(args)
-    checkpoint = open_checkpoint(args)
-    texts = load_texts(args)
-    torch.manual_seed(args.seed)
-    report = run(args, device, texts, checkpoint)
+    with outputs(args):
+        checkpoint = open_checkpoint(args)
+        texts = load_texts(args)
+        args.made_with = made_with(args, texts) if RANK == 0 else {}
+        if checkpoint and RANK == 0:
+            check_same(checkpoint, args)
+        torch.manual_seed(args.seed)
+        report = run(args, device, texts, checkpoint)
     if WORLD > 1:
         dist.destroy_process_group()
     return report
+
+
+def fill_targets(args):
+    """The default --targets, which depend on the base's family."""
+    if args.targets is None and not args.from_lora:
+        family = model_class(read_config(args.weights or EMBEDDED).model_type)
+        args.targets = flora.default_targets(family, args.adapter)
+
+
+@contextlib.contextmanager
+def outputs(args):
+    """Make OUT a folder in which, inside, no other run writes; see that all can be written."""
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
+    with flora.locked(args.out, "--out") if RANK == 0 else contextlib.nullcontext():
+        if RANK == 0:
+            flora.check_writable(str(Path(args.out, "log.json")), "--out", flora.JSON)
+            flora.check_writable(args.json, "--json", flora.JSON)
+        yield
 
 
 def train_adapter(args, device, texts, checkpoint):
@@ -511,7 +557,7 @@ def make_report(args, model, parameters, data, log, rate):
         tokens_per_second=rate, seconds=log[-1]["seconds"],
         peak_memory_bytes=peak_memory(model.wte.weight.device),
         device=args.device, dtype=args.dtype, quantize=args.quantize,
-        torch=torch.__version__, log=log)
+        torch=torch.__version__, made_with=args.made_with, log=log)
 
 
 def peak_memory(device):
@@ -528,22 +574,23 @@ def finish_adapter(args, model, adapter_id, report):
         return report
     file = str(Path(args.out, "adapter.safetensors"))
     summary = {key: value for key, value in report.items() if key != "log"}
-    flora.save_adapter(model, adapter_id, file, summary)
     flags = {"--weights": args.weights, "--quantize": args.quantize, "--adapter": file}
     used = [f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value]
-    return finish(args, report | dict(adapter_file=file), " ".join(used))
+    save = partial(flora.save_adapter, model, adapter_id, file, summary)
+    return finish(args, report | dict(adapter_file=file), " ".join(used), save)
 
 
-def finish(args, report, hint):
-    """Write and print the report; hint: generate.py's flags for what was trained."""
-    for file in {str(Path(args.out, "log.json")), args.json} - {None}:
-        write_json(file, report)
+def finish(args, report, hint, save):
+    """Print the report, save() what was trained, write the report; what cannot be written stops
+    none of the others. hint: generate.py's flags for what was trained."""
     say(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
         f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} "
         "bits/byte\n"
         f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
-        f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB\n"
-        f"saved {report['adapter_file'] or args.out}; try it:\n"
+        f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")
+    files = {str(Path(args.out, "log.json")), args.json} - {None}
+    flora.write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
+    say(f"saved {report['adapter_file'] or args.out}; try it:\n"
         f"  python generate.py {hint} --prompt 'namespace at {{'")
     return report
 
@@ -628,6 +675,8 @@ def check_args(args, error):
         error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
     if args.from_lora and args.adapter != "flora":
         error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
+    if args.plot and not args.out:
+        error("--plot draws a PNG; name it with --out")
     if args.from_lora and args.targets:
         error("--from-lora takes the LoRA's targets; leave out --targets")
 

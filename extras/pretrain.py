@@ -3,19 +3,23 @@
   python train.py --adapter none --steps 4000 --n-layer 6 --n-embd 256 --vocab-size 4096
   python train.py --adapter none --weights base --data src/ --ext .lua
 
-OUT becomes a Hugging Face folder, for --weights of every script. The embedded base (base/) was made
-by this, on Python's standard library.
+OUT becomes a Hugging Face folder, for --weights of every script: the new model is put together in
+OUT/unfinished, and takes the place of what OUT holds when it is complete. The embedded base (base/)
+was made by this, on Python's standard library.
 """
 import os
 import shlex
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import flora
 import train
-from model import GPT, GPTConfig, Tokenizer
+from flora import BadInput
+from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer
 
 LEARNING_RATE = 2e-3   # train.py's default --lr
 
@@ -33,28 +37,39 @@ def train_tokenizer(texts, file, vocab_size):
     import sentencepiece
     lines = (line for text in texts for line in text.splitlines(keepends=True))
     indents = ["\n" + " " * n for n in (2, 4, 6, 8, 12, 16, 20)]
-    with open(f"{file}.tmp", "wb") as f:
+    with flora.open_output(file) as f:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=f, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
             user_defined_symbols=["\n", "\n\n", "\t", *indents], max_sentence_length=1 << 20,
             eos_id=0, eos_piece="<|endoftext|>", unk_id=1, bos_id=-1, pad_id=-1, minloglevel=2)
-    os.replace(f"{file}.tmp", file)
 
 
 def new_base(args, device, texts, checkpoint):
     """A StarCoder of random weights, of the sizes in args, and a tokenizer of the training texts,
-    which stays in OUT for the run that resumes this one."""
+    which waits in OUT for the end, or for the run that resumes this one."""
+    folder = unfinished(args)
     if train.RANK == 0 and not checkpoint:
-        train_tokenizer(texts, Path(args.out, "tokenizer.model"), args.vocab_size)
+        train_tokenizer(texts, folder / "tokenizer.model", args.vocab_size)
     if train.WORLD > 1:
         dist.barrier()
     config = GPTConfig(vocab_size=args.vocab_size, n_positions=args.block_size, n_embd=args.n_embd,
                        n_layer=args.n_layer, n_head=args.n_head, n_inner=4 * args.n_embd)
     model = GPT(config).to(device)
     model.gradient_checkpointing = args.gradient_checkpointing
-    return model, Tokenizer(args.out)
+    moved = not (folder / "tokenizer.model").exists()   # by a run that was killed at its very end
+    return model, Tokenizer(args.out if moved else folder)
+
+
+def unfinished(args):
+    """The folder in OUT where the new model is put together."""
+    folder = Path(args.out, "unfinished")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be written ({e.strerror})") from None
+    return folder
 
 
 def decay_groups(parameters):
@@ -77,7 +92,23 @@ def pretrain(args, device, texts, checkpoint):
                             groups=decay_groups(parameters))
     if train.RANK > 0:
         return report
-    model.save_pretrained(args.out, torch.float16)
-    tokenizer.save(args.out)
     hint = f"--weights {shlex.quote(args.out)}"
-    return train.finish(args, report | dict(adapter_file=None), hint)
+    return train.finish(args, report | dict(adapter_file=None), hint,
+                        partial(save_model, model, tokenizer, args))
+
+
+def save_model(model, tokenizer, args):
+    """Write all files of the model apart, then move them to OUT: the weights are the last, so that
+    OUT is never taken for a model while it holds files of two."""
+    folder = unfinished(args)
+    model.save_pretrained(folder, torch.float16)
+    tokenizer.save(folder)
+    try:
+        for name in ("model.safetensors", *TOKENIZER_FILES):
+            Path(args.out, name).unlink(missing_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.suffix == ".safetensors"):
+            os.replace(file, Path(args.out, file.name))
+        folder.rmdir()
+    except OSError as e:
+        raise BadInput(f"--out {args.out}: cannot be written ({e.strerror}); the new model is "
+                       f"complete, or its files are in {folder}") from None
