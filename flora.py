@@ -17,6 +17,7 @@ save, load. Further kinds, and other forms in which W0 may be held, stand in ext
 import importlib
 import json
 import os
+import reprlib
 from dataclasses import dataclass
 
 import torch
@@ -498,8 +499,9 @@ def default_targets(model, kind):
     return list(adapter_class(kind).default_targets(model))
 
 
-def make_adapters(model, kind, rank, targets=None, alpha=8.0, **options):
-    """{layer name: new Adapter} for every layer of `model` that one of `targets` names."""
+def make_adapters(model, kind, rank, targets=None, alpha=8.0, device=None, **options):
+    """{layer name: new Adapter} for every layer of `model` that one of `targets` names; on that
+    layer's device, or on `device`: "meta" takes no memory."""
     adapter = adapter_class(kind)
     rank, places = adapter.check_rank(rank), adapter.places(model)
     layers = dict(adapter_layers(model))
@@ -516,8 +518,9 @@ def make_adapters(model, kind, rank, targets=None, alpha=8.0, **options):
                 if name in made:
                     raise BadInput(f"targets {' '.join(targets)} adapt {name} twice; name it once")
                 k, d = layers[name].weight.shape
-                new = adapter(rank, target, d, k, model.columns(target), alpha, **more, **options)
-                made[name] = new.to(layers[name].weight.device)
+                with torch.device(device or "cpu"):
+                    new = adapter(rank, target, d, k, model.columns(target), alpha, **more, **options)
+                made[name] = new.to(device or layers[name].weight.device)
     return made
 
 
@@ -624,56 +627,134 @@ def save_adapter(model, adapter_id, file, training=None):
     save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
 
 
+ADAPTER_METADATA = {"kind": str, "rank": float, "targets": [str], "alpha": float, "base": str,
+                    "activation?": str}
+
+
 def load_adapter(model, file):
     """Add the adapter that save_adapter wrote to `file`, or that of a PEFT folder (extras/peft.py);
     returns its id.
 
     Raises BadInput if the file is missing, truncated or not an adapter, if its kind is unknown, if
-    it was trained on another base, or if a tensor is missing, left over or of the wrong shape.
+    it was trained on another base, or if a tensor is missing, left over, of the wrong shape or type
+    or not finite.
     """
     if os.path.isdir(file):
         return extra("peft", f"the PEFT folder {file}").load_peft(model, file)
     tensors, metadata = load_tensors(file)
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
+    check(metadata, ADAPTER_METADATA, f'{file}: "flora_adapter" metadata')
     if metadata["base"] != model.fingerprint:
         raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
                        f" this model's is {model.fingerprint}); load that base with --weights")
     options = {} if metadata.get("activation") is None else {"activation": metadata["activation"]}
     try:
         adapters = make_adapters(model, metadata["kind"], metadata["rank"], metadata["targets"],
-                                 metadata["alpha"], **options)
-    except BadInput as e:
+                                 metadata["alpha"], device="meta", **options)
+    except (BadInput, TypeError) as e:   # TypeError: an option that the kind does not have
         raise BadInput(f"{file}: {e}") from None
-    fill({name: p.data for name, p in named_parameters(adapters).items()}, tensors, file)
+    fill(model, adapters, named_parameters, tensors, file)
     return attach(model, adapters)
 
 
-# -------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------ 5 files: right or refused
 
 
-def fill(wanted, tensors, file):
-    """Copy `tensors`, read from `file`, into the tensors of the same names in `wanted`."""
+def fill(model, adapters, named, tensors, file):
+    """Give adapters that were made on "meta" the `tensors` read from `file`; memory is taken once
+    all fit. named(adapters) -> {name in the file: tensor of an adapter}."""
+    wanted = named(adapters)
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise BadInput(f"{file}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
     for name, tensor in wanted.items():
         if tensor.shape != tensors[name].shape:
             raise BadInput(f"{file}: {name} has shape {list(tensors[name].shape)}, "
                            f"this model needs {list(tensor.shape)}")
-        tensor.copy_(tensors[name])
+        check_weights(name, tensors[name], file)
+    for name, adapter in adapters.items():
+        adapter.to_empty(device=model.get_submodule(name).weight.device)
+    with torch.no_grad():
+        for name, tensor in named(adapters).items():
+            tensor.copy_(tensors[name])
+
+
+def check_weights(name, tensor, file, dtype=None):
+    """BadInput unless a tensor read from `file` can be weights: floating point, and finite in
+    `dtype` (default: its own)."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise BadInput(f"{file}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; weights "
+                       "must be float32, bfloat16 or float16")
+    if tensor.numel() == 0:
+        return
+    low, high = tensor.detach().to(dtype or tensor.dtype).aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        what = str(dtype or tensor.dtype).removeprefix("torch.")
+        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it was damaged or "
+                       "diverged, or needs a wider --dtype")
+
+
+def existing_file(file, what="file"):
+    """`file`, or BadInput if it is not there, not a regular file, or a pointer of Git LFS."""
+    if not os.path.exists(file):
+        raise BadInput(f"{file}: no such {what}")
+    if not os.path.isfile(file):
+        raise BadInput(f"{file}: is not a {what} but a folder, device or pipe")
+    with open_file(file, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise BadInput(f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull")
+    return file
+
+
+def open_file(file, mode):
+    try:
+        return open(file, mode)
+    except OSError as e:
+        raise BadInput(f"{file}: cannot be read ({e.strerror})") from None
 
 
 def load_tensors(file):
     """An adapter's safetensors file -> ({name: CPU tensor}, "flora_adapter" metadata or None)."""
-    if not os.path.isfile(file):
-        raise BadInput(f"{file}: no such adapter file")
+    existing_file(file, "adapter file")
     try:
         with safe_open(file, "pt") as f:
             metadata = json.loads((f.metadata() or {}).get("flora_adapter", "null"))
             return {name: f.get_tensor(name) for name in f.keys()}, metadata
-    except (SafetensorError, json.JSONDecodeError) as e:
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not a readable safetensors file ({e}); "
                        "copy or train it again") from e
+
+
+WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+
+
+def check(value, schema, where, name="what it holds"):
+    """BadInput, naming `where` and the key, unless `value`, read from a file, has the form `schema`:
+    str, int, float (any finite number) or bool; [schema], a list; {key: schema}, an object, in
+    which a key written with "?" may be missing or null."""
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be a list")
+        for item in value:
+            check(item, schema[0], where, f"an entry of {name}")
+    elif isinstance(schema, dict):
+        if not isinstance(value, dict):
+            raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be an object")
+        for key, inner in schema.items():
+            key, optional = key.rstrip("?"), key.endswith("?")
+            if value.get(key) is not None:
+                check(value[key], inner, where, key)
+            elif not optional:
+                raise BadInput(f"{where}: has no {key}")
+    elif not is_a(value, schema):
+        raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be {WORDS[schema]}")
+
+
+def is_a(value, kind):
+    """Whether a value of JSON is of a kind: a bool is not a number, a number is finite."""
+    if kind is float:
+        return type(value) in (int, float) and -1e300 < value < 1e300
+    return type(value) is kind
 
 
 def save_tensors(tensors, file, metadata):
@@ -684,18 +765,16 @@ def save_tensors(tensors, file, metadata):
     os.replace(f"{file}.tmp", file)
 
 
-def read_json(file):
-    """The object in a JSON file; BadInput if it cannot be read or holds something else."""
+def read_json(file, schema={}):
+    """The object in a JSON file; BadInput if it cannot be read or does not have the form `schema`."""
+    existing_file(file)
     try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except FileNotFoundError:
-        raise BadInput(f"{file}: no such file") from None
-    except (OSError, ValueError) as e:
+        with open_file(file, "rb") as f:
+            value = json.loads(f.read().decode("utf-8"))
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not readable as JSON ({e})") from None
+    check(value, schema, file)
+    return value
 
 
 def write_json(file, value):
