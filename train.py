@@ -238,7 +238,7 @@ def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, gro
     next_batch(step, micro) -> tensors, this process's share of a micro-batch.
     loss(model, *tensors) -> their mean loss; its model is ours, parallel and compiled where asked.
     heldout() -> float, measured by process 0 at the start and every args.eval_every steps.
-    args: those of add_loop_flags, adapter (to name the bar) and tokens_per_step.
+    args: those of add_loop_flags, and tokens_per_step.
     checkpoint: from open_checkpoint. groups: AdamW's, to give some parameters weight decay.
     stop: a tensor [1] that ends the loop like Ctrl-C, which it replaces, when it is set to 1.
     -> (log: [{step, loss, heldout_loss, seconds}], tokens per second or None after 0 steps).
@@ -255,7 +255,7 @@ def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, gro
     model = parallel(model, args.compile)
     losses, rate, interrupted = [], None, False
     first, busy, begin = step, 0.0, time.time() - log[-1]["seconds"]
-    bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, desc=args.adapter, unit="step")
+    bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, desc=args.out, unit="step")
     with bar, interrupts() if stop is None else contextlib.nullcontext(stop) as asked_to_stop:
         while step < args.steps and not interrupted:
             tick = time.time()
