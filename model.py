@@ -562,12 +562,15 @@ class Tokenizer:
     bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
     fim_ids: the ids of FIM_TOKENS, or None.
     """
+    COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
     def __init__(self, folder):
         files = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model")]
         self.files = [file for file in files if os.path.isfile(file)]
         if not self.files:
             raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
+        companions = [os.path.join(folder, name) for name in self.COMPANIONS]
+        self.companions = [file for file in companions if os.path.isfile(file)]
         file = self.files[0]
         try:
             self.backend = (JsonTokenizer if file.endswith(".json") else PieceTokenizer)(file)
@@ -598,8 +601,9 @@ class Tokenizer:
         return self.backend.decode(list(ids))
 
     def save(self, folder):
-        """Copy the tokenizer's file into another model folder."""
-        for file in self.files:
+        """Copy the tokenizer's files into another model folder, those too that only other engines
+        read: transformers and CTranslate2 take the names of bos and eos from them."""
+        for file in self.files + self.companions:
             if not os.path.exists(os.path.join(folder, os.path.basename(file))):
                 shutil.copy(file, folder)
 

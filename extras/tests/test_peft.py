@@ -271,3 +271,7 @@ def test_a_merged_folder_holds_the_adapted_model_and_its_tokenizer(tiny, golden,
     Tokenizer(TINY).save(tmp_path / "merged")
     assert_close(GPT.from_pretrained(tmp_path / "merged")(golden["ids"]), wanted)
     assert sorted(os.listdir(tmp_path / "merged")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    (tmp_path / "merged" / "tokenizer_config.json").write_text("{}")   # without it CTranslate2 finds no eos
+    (tmp_path / "again").mkdir()
+    Tokenizer(tmp_path / "merged").save(tmp_path / "again")
+    assert sorted(os.listdir(tmp_path / "again")) == ["tokenizer.json", "tokenizer_config.json"]
