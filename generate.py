@@ -9,6 +9,7 @@ Text goes to standard output as it comes (with several prompts line by line, eac
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
 import argparse
+import reprlib
 import sys
 import time
 from collections import deque
@@ -18,7 +19,7 @@ from functools import partial
 import torch
 
 import flora
-from flora import BASE, BadInput
+from flora import BASE, JSON, BadInput, check_writable
 from model import GPT, Tokenizer, add_common_flags, get_device, run_main, write_json
 
 
@@ -46,6 +47,28 @@ def sample(logits, temperature, top_k, top_p, u):
 # --------------------------------------------------------------------------------------- the engine
 
 
+NOT_FINITE = -1   # in the place of a token, where a row's logits are NaN or infinite
+
+
+def as_list(ids):
+    """None, an id or several -> a list."""
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def bad_setting(max_new_tokens, temperature, top_k, top_p, seed):
+    """Why no text can be generated with these settings, in one sentence, or None."""
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        return (f"temperature {reprlib.repr(temperature)}, top_k {reprlib.repr(top_k)}, top_p {top_p}: "
+                "the first two must be at least 0, top_p in (0, 1]")
+    for name, value, least, most in [("temperature", temperature, 0, 1e9), ("top_k", top_k, 0, 2**31),
+                                     ("max_new_tokens", max_new_tokens, 1, 2**31),
+                                     ("seed", seed, 0, 2**62)]:
+        if not least <= value <= most:
+            return f"{name} is {reprlib.repr(value)}; it must be from {least} to {most:.4g}"
+
+
 @dataclass(eq=False)
 class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
@@ -56,12 +79,13 @@ class Request:
     top_k: int = 0                # 0 keeps all
     top_p: float = 1.0
     seed: int = 0                 # the same request draws the same tokens, whatever runs beside it
-    eos_id: int | None = None     # ends the request, which then includes it
+    eos_id: int | list | None = None   # one or several: ends the request, which then includes it
     stopped: object = None        # stopped(new ids) -> True ends it; asked whenever tokens are read
 
     ids: list = field(default_factory=list)   # the new ids so far
     state: str = "waiting"        # -> "running" -> "done"; or "failed" (see error), or "cancelled"
     error: str | None = None
+    ends: list = ()               # eos_id as a list
     limit: int = 0                # new tokens at most: max_new_tokens, or what the context leaves
     last_step: int = 0            # the engine's step that picks the last of them
     offset: int = 0               # tokens in the cache = offset + the engine's steps
@@ -103,16 +127,24 @@ class Engine:
         self.unread = []                      # tokens [n] of each step since the last sync
         self.steps = 0
         self.logits = None                    # [n, vocab] of the token that comes next
-        self.kv_cache = model.new_kv_cache(slots, self.length)     # [n_layer, 2, slots, K, S, D]
+        self.kv_cache = self.new_kv_cache()   # [n_layer, 2, slots, K, S, D]
+        self.written = 0                      # of S, at most, by any request so far
         zeros = partial(torch.zeros, slots, device=device)
         self.table = dict(                    # a row per slot; the first n are running requests
             token=zeros(dtype=torch.int64),        # the last one picked
             position=zeros(dtype=torch.int64),     # of the next one
             adapter_id=zeros(dtype=torch.int64),
             temperature=zeros(), top_k=zeros(dtype=torch.int64), top_p=zeros() + 1,
-            u=torch.zeros(slots, self.length, device=device),   # uniform in [0, 1), by position
+            u=torch.zeros(slots, self.length + 1, device=device),   # uniform in [0, 1), by position
         )
         model.pack()
+
+    def new_kv_cache(self):
+        try:
+            return self.model.new_kv_cache(self.slots, self.length)
+        except RuntimeError as e:   # of the allocator
+            raise BadInput(f"a KV cache of {self.slots} slots of {self.length} tokens does not fit in "
+                           f"memory ({str(e).splitlines()[0]}); use fewer --slots") from None
 
     # what a caller does
 
@@ -126,14 +158,13 @@ class Engine:
         One that cannot run fails alone: it comes back with `error` set, and step() reports it like
         any other that has ended.
         """
-        request = Request(list(prompt) or [self.model.config.eos_token_id], **settings)
-        request.arrived = time.perf_counter()
-        request.limit = min(request.max_new_tokens, self.length - len(request.prompt))
+        request = Request(list(prompt) or as_list(self.model.config.eos_token_id)[:1], **settings)
+        request.arrived, request.ends = time.perf_counter(), as_list(request.eos_id)
+        room = max(1, self.length - len(request.prompt))   # one token follows a full context too
+        request.limit = min(request.max_new_tokens, room)
         request.error = self.refusal(request)
         if request.error:
             self.end(request, "failed")
-        elif request.limit <= 0:
-            self.end(request, "done")
         else:
             self.waiting.append(request)
         return request
@@ -157,7 +188,7 @@ class Engine:
         self.admit()
         if self.running:
             tokens = self.pick()                                              # [n]
-            self.table["token"][:len(tokens)] = tokens
+            self.table["token"][:len(tokens)] = tokens.clamp(min=0)
             self.unread.append(tokens)
             self.steps += 1
             if self.steps == self.next_end or len(self.unread) == self.sync_every:
@@ -184,9 +215,7 @@ class Engine:
         layers = [layer for _, layer in flora.adapter_layers(self.model)]
         if r.adapter_id != BASE and not any(str(r.adapter_id) in x.adapters for x in layers):
             return f"the model has no adapter {r.adapter_id}; load it first"
-        if not (r.temperature >= 0 and r.top_k >= 0 and 0 < r.top_p <= 1):
-            return (f"temperature {r.temperature}, top_k {r.top_k}, top_p {r.top_p}: "
-                    "the first two must be at least 0, top_p in (0, 1]")
+        return bad_setting(r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.seed)
 
     def admit(self):
         """Take waiting requests into free slots, within the budget, and prefill them."""
@@ -214,7 +243,7 @@ class Engine:
         n, m = len(self.running), len(requests)
         longest = max(len(r.prompt) for r in requests)
         ids = torch.zeros(m, longest, dtype=torch.int64)   # padded on the right
-        u = torch.zeros(m, self.length)
+        u = torch.zeros(m, self.length + 1)
         for i, r in enumerate(requests):
             T, generator = len(r.prompt), torch.Generator().manual_seed(r.seed)
             ids[i, :T] = torch.tensor(r.prompt)
@@ -231,6 +260,9 @@ class Engine:
         adapter_ids = None
         if any(r.adapter_id for r in requests):
             adapter_ids = self.table["adapter_id"][n:n + m]
+        # A masked position still counts as 0 times what is there, so no NaN may be left behind
+        self.kv_cache[:, :, n:n + m, :, :self.written] = 0
+        self.written = max(self.written, longest)
         kv_cache = self.kv_cache[:, :, n:n + m, :, :longest]
         hidden = self.model.hidden(ids.to(self.device), adapter_ids, kv_cache)   # [m, longest, C]
         last = self.table["position"][n:n + m] - 1         # each prompt's own last token
@@ -253,9 +285,13 @@ class Engine:
             return flora.gather(self.model, self.table["adapter_id"][:len(self.running)])
 
     def pick(self):
-        """The next token of every running request, int64 [n]."""
-        if not self.sampling:
-            return self.logits.argmax(-1)
+        """The next token of every running request, int64 [n]; NOT_FINITE where its logits are not."""
+        best, token = self.logits.max(-1)      # max is NaN in a row that has one
+        if self.sampling:
+            token = self.sample()
+        return torch.where(best.isfinite(), token, NOT_FINITE)
+
+    def sample(self):
         u, position, temperature, top_k, top_p = (
             self.table[name][:len(self.running)]
             for name in ("u", "position", "temperature", "top_k", "top_p"))
@@ -265,6 +301,7 @@ class Engine:
     def decode(self):
         """Run the model on the last token of every running request -> self.logits [n, vocab]."""
         n, length = len(self.running), self.offset + self.steps
+        self.written = max(self.written, length)
         token, position = self.table["token"][:n, None], self.table["position"][:n, None]
         kv_cache = self.kv_cache[:, :, :n, :, :length]
         self.logits = self.model(token, self.adapters, kv_cache, position)[:, 0]
@@ -284,13 +321,17 @@ class Engine:
             self.recompose()
 
     def receive(self, request, ids, now):
-        """Give a request its new ids, and end it after eos_id, at its limit or where it says so."""
-        if request.eos_id in ids:
-            ids = ids[:ids.index(request.eos_id) + 1]
+        """Give a request its new ids, and end it after an eos_id, at its limit or where it says so."""
+        last = [i for i, token in enumerate(ids) if token in request.ends][:1]
+        ids = ids[:last[0] + 1] if last else ids
+        if NOT_FINITE in ids:
+            ids = ids[:ids.index(NOT_FINITE)]
+            request.error = ("its logits are not finite: its adapter or its prompt's values diverged, "
+                             "or overflow this dtype; use --dtype float32 or another adapter")
         request.first_token = request.first_token or now
         request.ids += ids
-        ended = len(request.ids) == request.limit or ids[-1] == request.eos_id
-        if request.stopped is not None and not ended:
+        ended = len(request.ids) == request.limit or bool(last)
+        if request.stopped is not None and not ended and not request.error:
             try:
                 ended = request.stopped(request.ids)
             except Exception as e:  # the caller's code; its failure is this request's alone
@@ -310,7 +351,7 @@ class Engine:
         """Free slot i, moving the last running request into it."""
         last = self.running.pop()
         if i < len(self.running):
-            j, length = len(self.running), last.offset + self.steps
+            j, length = len(self.running), self.written
             self.kv_cache[:, :, i, :, :length] = self.kv_cache[:, :, j, :, :length]
             for column in (self.logits, *self.table.values()):
                 column[i] = column[j]
@@ -334,31 +375,43 @@ def new_engine(model, slots=8, compile=False, **settings):
 
 
 def generate_steps(model, prompts, adapter_ids=None, max_new_tokens=64, temperature=0.0, top_k=0,
-                   top_p=1.0, seed=0, eos_id=None, stopped=None):
+                   top_p=1.0, seed=0, eos_id=None, stopped=None, failed=None):
     """Generate from prompts, lists of ids of any lengths, as one batch; yield each step's tokens.
 
     adapter_ids: one per prompt, 0 (flora.BASE) for the base model; None is the base for all.
     A row ends at max_new_tokens, at the end of the context, after eos_id (which it includes), or
     when stopped(row, its new ids) says so. Yields {row: id}, without the rows that have ended.
-    Raises BadInput for a prompt longer than the context.
+    Raises BadInput for a prompt longer than the context, and at the end for a row that failed; or,
+    with a dict `failed`, notes {row: why} there, and leaves out the rows that stand in it already.
     """
+    refused = {} if failed is None else failed
     length = max(map(len, prompts)) + max_new_tokens
     engine = new_engine(model, len(prompts), length=length, sync_every=1)
     if adapter_ids is None:
         adapter_ids = [BASE] * len(prompts)
     rows = {}
     for row, (prompt, adapter_id) in enumerate(zip(prompts, adapter_ids)):
+        if row in refused:
+            continue
         request = engine.submit(
             prompt, adapter_id=adapter_id, max_new_tokens=max_new_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed + row, eos_id=eos_id,
             stopped=stopped and partial(stopped, row))
-        if request.error:
+        if request.error and failed is None:
             raise BadInput(request.error)
         rows[request] = row
     while engine.busy:
         fresh = {rows[request]: ids[0] for request, ids in engine.step() if ids}
         if fresh:
             yield fresh
+    refused |= {row: request.error for request, row in rows.items() if request.error}
+    if refused and failed is None:
+        raise BadInput(tell(refused))
+
+
+def tell(failed):
+    """{row: why} -> one sentence."""
+    return "; ".join(f"prompt {row + 1}: {failed[row]}" for row in sorted(failed))
 
 
 def generate(model, prompts, adapter_ids=None, **settings):
@@ -398,7 +451,7 @@ class Printer:
 
 def new_text(tokenizer, ids):
     """The text of a request's new ids, without the end of text."""
-    return tokenizer.decode([i for i in ids if i != tokenizer.eos_id], continues=True)
+    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids], continues=True)
 
 
 def cut_at_stop(text, stops):
@@ -465,31 +518,37 @@ def read_prompts(args):
     return prompts, one_each(names, len(prompts), "--adapter")
 
 
-def encode_prompts(args, tokenizer, prompts, n_positions):
-    """The ids of each prompt, around a gap where there is a --suffix, cut where --truncate says."""
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    if args.suffix:
-        if tokenizer.fim_ids is None:
-            raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle "
-                           "tokens; StarCoder's has")
-        before, between, after = ([i] for i in tokenizer.fim_ids)
-        suffixes = one_each(args.suffix, len(prompts), "--suffix")
-        ids = [before + row + between + tokenizer.encode(suffix) + after
-               for row, suffix in zip(ids, suffixes)]
-    if args.truncate:
-        room = n_positions - args.max_new_tokens
-        ids = [truncate(row, room, tokenizer.bos_id) for row in ids]
-    return ids
+def encode_prompts(args, tokenizer, prompts, n_positions, failed):
+    """The ids of each prompt, around a gap where there is a --suffix, cut where --truncate says.
+    A prompt that cannot be encoded has none, and its reason stands in {row: why} `failed`."""
+    if args.suffix and tokenizer.fim_ids is None:
+        raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle "
+                       "tokens; StarCoder's has")
+    suffixes = one_each(args.suffix, len(prompts), "--suffix") if args.suffix else prompts
+    encoded = []
+    for row, (prompt, suffix) in enumerate(zip(prompts, suffixes)):
+        try:
+            ids = tokenizer.encode(prompt, bos=True)
+            if args.suffix:
+                before, between, after = ([i] for i in tokenizer.fim_ids)
+                ids = before + ids + between + tokenizer.encode(suffix) + after
+        except BadInput as e:
+            failed[row], ids = str(e), []
+        if args.truncate:
+            ids = truncate(ids, n_positions - args.max_new_tokens, tokenizer.bos_id)
+        encoded.append(ids)
+    return encoded
 
 
-def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids):
-    """Print the texts as they come -> the new ids and the new text of each prompt."""
+def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed):
+    """Print the texts as they come -> the new ids and the new text of each prompt. What fails is
+    noted in {row: why} `failed`, and a prompt that stands there is left out."""
     new, texts, printer = [[] for _ in prompts], [""] * len(prompts), Printer(prompts)
     held_back = max(map(len, args.stop), default=1) - 1   # characters that may begin a stop
     found = stop_check(tokenizer, args.stop)
     for fresh in generate_steps(
             model, ids, adapter_ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-            args.seed, tokenizer.eos_id, found and (lambda row, row_ids: found(row_ids))):
+            args.seed, tokenizer.eos_ids, found and (lambda row, row_ids: found(row_ids)), failed):
         for row, token in fresh.items():
             new[row].append(token)
             texts[row] = new_text(tokenizer, new[row])
@@ -497,7 +556,8 @@ def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids):
             printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
     for row, text in enumerate(texts):
         texts[row] = cut_at_stop(text, args.stop)
-        printer.show(row, texts[row], end=True)
+        if row not in failed or new[row]:
+            printer.show(row, texts[row], end=True)
     return new, texts
 
 
@@ -546,29 +606,40 @@ def check_args(parser, args):
                      "--prompt-file or --suffix, and at most one --adapter, the default")
     if args.slots is not None and args.slots < 1 or args.max_batched_tokens < 1:
         parser.error("--slots and --max-batched-tokens must be whole numbers of at least 1")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
         parser.error("--temperature and --top-k must be at least 0, --top-p in (0, 1]")
+    bad = bad_setting(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    if bad:
+        parser.error(f"--{bad}")
+    if "" in args.stop:
+        parser.error("--stop is empty, so that nothing would be left; give a text or leave it out")
 
 
 def main():
     args = parse_args()
     if args.requests:
-        serve = flora.extra("requests", "--requests").serve
-        return serve(args, *load_model(args))
+        return flora.extra("requests", "--requests").serve(args)
+    check_writable(args.json, "--json", JSON)
     prompts, names = read_prompts(args)
     model, tokenizer = load_model(args)
     loaded = load_adapters(model, names)
     adapter_ids = [loaded[name] for name in names]
-    ids = encode_prompts(args, tokenizer, prompts, model.config.n_positions)
+    failed = {}
+    ids = encode_prompts(args, tokenizer, prompts, model.config.n_positions, failed)
+    if len(failed) == len(prompts):
+        raise BadInput(tell(failed))
 
     start = time.time()
-    new, texts = generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids)
+    new, texts = generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed)
     seconds, count = time.time() - start, sum(map(len, new))
     print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, "
           f"batch {len(prompts)}, {args.dtype} on {args.device}", file=sys.stderr)
     if args.json:
-        write_json(args.json, [dict(prompt=p, adapter=a, tokens=n, text=t)
-                               for p, a, n, t in zip(prompts, names, new, texts)])
+        rows = enumerate(zip(prompts, names, new, texts))
+        write_json(args.json, [dict(prompt=p, adapter=a, tokens=n, text=t, error=failed.get(row))
+                               for row, (p, a, n, t) in rows])
+    if failed:
+        raise BadInput(tell(failed))
 
 
 if __name__ == "__main__":

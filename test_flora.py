@@ -946,7 +946,6 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
     ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
-    ("generate", "--prompt a --adapter {empty}", "adapter_config.json: no such file"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z", "3 --adapter for 2 prompts"),
     ("generate", "--prompt a --adapter {empty}/x", "x: no such adapter file"),
@@ -1140,11 +1139,72 @@ def test_a_cancelled_a_failing_and_a_too_long_request_disturb_no_other(model, ex
     assert "outside 0 to 96" in nonsense.error and "stopped() raised KeyError" in failing.error
 
 
+def poison(model, adapter_id, values):
+    """An adapter that diverged (NaN) or overflows (large but finite in float16)."""
+    for p in flora.adapter_parameters(model, adapter_id).values():
+        p.data.fill_(values)
+
+
+@pytest.mark.parametrize("values,dtype", [(float("nan"), torch.float32), (6e4, torch.float16)])
+def test_a_request_that_is_not_finite_fails_alone_and_leaves_nothing_behind(
+        kind, values, dtype, family, engine_class):
+    """1,000 requests, 1 in 20 of them poisoned, in every slot and beside every other."""
+    model = served_model([(kind, 2, None), ("flora", 1, None), ("lora", 2, None)], family).to(dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if ".adapters." in name else p.data
+    healthy = [(prompt, settings | dict(adapter_id=(0, 2, 3)[i % 3], temperature=0.0))
+               for i, (prompt, settings) in enumerate(served_requests(20, 3))]
+    alone = []
+    for prompt, settings in healthy:
+        engine = engine_class(model, slots=1)
+        request = engine.submit(prompt, **settings)
+        engine.run()
+        alone.append(request.ids)
+    poison(model, 1, values)
+    engine, requests = engine_class(model, slots=8), []
+    for i in range(1000):
+        prompt, settings = healthy[i % 20]
+        if i % 20 == 7:
+            settings = settings | dict(adapter_id=1)
+        requests.append(engine.submit(prompt, **settings))
+    engine.run()
+    for i, request in enumerate(requests):
+        if request.adapter_id == 1:
+            assert request.state == "failed" and "its logits are not finite" in request.error
+        else:
+            assert request.state == "done" and request.error is None and request.ids == alone[i % 20]
+
+
+@pytest.fixture
+def engine_class():
+    return Engine
+
+
 def test_a_request_ends_at_the_end_of_the_context(model):
     engine = Engine(model, slots=2)
     full, almost = engine.submit([1] * 64), engine.submit([1] * 62, adapter_id=1, max_new_tokens=9)
     engine.run()
-    assert (full.state, full.ids, almost.state, len(almost.ids)) == ("done", [], "done", 2)
+    assert (full.state, almost.state, len(almost.ids)) == ("done", "done", 2)
+    assert full.ids == [model(torch.ones(1, 64, dtype=torch.int64))[0, -1].argmax().item()]
+    sampled = engine.submit([1] * 64, temperature=1.0)
+    engine.run()
+    assert sampled.state == "done" and len(sampled.ids) == 1
+
+
+def test_a_setting_out_of_range_fails_alone(model):
+    engine, bad = Engine(model, slots=2), []
+    before = engine.submit([1, 2])
+    for setting, value in [
+            ("max_new_tokens", 0), ("seed", 10**20), ("seed", -1), ("top_k", 10**20), ("top_k", -1),
+            ("temperature", 10**400), ("temperature", float("nan")), ("temperature", float("inf")),
+            ("top_p", 0.0), ("top_p", float("nan"))]:
+        bad.append((setting, engine.submit([1, 2], **{setting: value})))
+    after = engine.submit([3], temperature=1.0)
+    engine.run()
+    for setting, request in bad:
+        assert request.state == "failed" and setting in request.error and request.ids == []
+        assert len(request.error) < 200
+    assert before.state == after.state == "done" and len(after.ids) == 63
 
 
 def test_generate_equals_the_plain_loop(model, expected):
@@ -1231,8 +1291,8 @@ def check_bench_result(result, printed, folder):
 
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
     for flags, sentence in [
-            (["--ranks", "0"], "--ranks is .0.; use whole numbers"), (["--num-adapters", "0"], "--num-adapters is 0"),
-            (["--request-rate", "-1"], "--request-rate and --scale must be above 0"),
+            (["--ranks", "0"], "--ranks is 0; use a whole number of at least 1"), (["--num-adapters", "0"], "--num-adapters is 0"),
+            (["--request-rate", "-1"], "--request-rate is -1.0; use a number above 0"),
             (["--model", "starcoder"], "--model needs --random-weights"), (["--random-weights"], "--model needs"),
             (["--model", "starcodr", "--random-weights"], "--model starcodr: unknown; use one of tiny_starcoder_py"),
             (["--rows", "lore"], "--rows lore"),
