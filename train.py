@@ -230,15 +230,17 @@ def heldout_loss(model, data, adapter_id, dtype):
 # --------------------------------------------------------------------------------------- the loop
 
 
-def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, groups=None):
+def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, groups=None,
+        stop=None):
     """The one loop: of adapters, base models and copies of LoRAs. It knows nothing of text.
 
     parameters: {name: Parameter}, all of `model` that takes gradients, as a checkpoint names them.
     next_batch(step, micro) -> tensors, this process's share of a micro-batch.
     loss(model, *tensors) -> their mean loss; its model is ours, parallel and compiled where asked.
     heldout() -> float, measured by process 0 at the start and every args.eval_every steps.
-    args: those of add_loop_flags, adapter (to name the bar) and tokens_per_step.
+    args: those of add_loop_flags, and tokens_per_step.
     checkpoint: from open_checkpoint. groups: AdamW's, to give some parameters weight decay.
+    stop: a tensor [1] that ends the loop like Ctrl-C, which it replaces, when it is set to 1.
     -> (log: [{step, loss, heldout_loss, seconds}], tokens per second or None after 0 steps).
     Raises FloatingPointError for a loss that is not finite, KeyboardInterrupt after Ctrl-C.
     """
@@ -253,8 +255,8 @@ def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, gro
     model = parallel(model, args.compile)
     losses, rate, interrupted = [], None, False
     first, busy, begin = step, 0.0, time.time() - log[-1]["seconds"]
-    bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, desc=args.adapter, unit="step")
-    with bar, interrupts() as asked_to_stop:
+    bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, desc=args.out, unit="step")
+    with bar, interrupts() if stop is None else contextlib.nullcontext(stop) as asked_to_stop:
         while step < args.steps and not interrupted:
             tick = time.time()
             share = backward(model, next_batch, loss, step, args)
@@ -493,13 +495,18 @@ def train_adapter(args, device, texts, checkpoint):
     """Freeze the base and train one new adapter of it."""
     model, tokenizer = load_base(args, device, getattr(torch, args.dtype))
     model.requires_grad_(False)
+    return add_and_fit(args, model, tokenizer, texts, checkpoint)
+
+
+def add_and_fit(args, model, tokenizer, texts, checkpoint, **how):
+    """Train one new adapter of a frozen model; how: as fit_text takes it."""
     options = dict(activation=args.ffba_activation) if args.adapter == "ffba" else {}
     adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
                                    **options)
     parameters = flora.adapter_parameters(model, adapter_id)
     say_sizes(args, model, parameters)
     data = encode_data(args, texts, tokenizer)
-    report = fit_text(args, model, parameters, data, adapter_id, checkpoint)
+    report = fit_text(args, model, parameters, data, adapter_id, checkpoint, **how)
     return finish_adapter(args, model, adapter_id, report)
 
 
@@ -516,8 +523,8 @@ def load_base(args, device, dtype):
     return model, Tokenizer(folder)
 
 
-def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, groups=None):
-    """`fit` on Data, with loss(model, x, y, adapter_ids) -> the report."""
+def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, **more):
+    """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the report."""
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
     next_batch = partial(batch, data.tokens, args)
     heldout = partial(heldout_loss, model, data, adapter_id, args.dtype)
@@ -525,7 +532,7 @@ def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of
     def loss_of_rows(model, x, y):
         return loss(model, x, y, ids)
 
-    log, rate = fit(model, parameters, next_batch, loss_of_rows, heldout, args, checkpoint, groups)
+    log, rate = fit(model, parameters, next_batch, loss_of_rows, heldout, args, checkpoint, **more)
     return make_report(args, model, parameters, data, log, rate)
 
 

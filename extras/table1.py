@@ -35,6 +35,8 @@ METHODS = {  # name in the table: flags of train.py
     "ia3": "--adapter ia3",
     "ia3-c_attn": "--adapter ia3 --targets c_attn",
     "ffba-r2": "--adapter ffba --rank 2",
+    "hira-r1": "--adapter hira --rank 1",   # as many parameters as flora-r1
+    "hira-r4": "--adapter hira --rank 4",
 }
 HEADERS = os.path.join(os.path.dirname(torch.__file__), "include")
 SITE = sysconfig.get_paths()["purelib"]

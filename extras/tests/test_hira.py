@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import flora
-from extras.hira import HiRA
+from extras.hira import flora_in_hira, flora_of_hira, hira_of_flora
 from extras.tests.conftest import EXTRA_KINDS
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     layer_with, random_adapter, test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit,
@@ -35,14 +35,18 @@ def test_hira_equals_dense_W0_times_1_plus_BA_forward_and_backward(rank, path):
 
 
 def test_a_hira_is_a_flora_of_one_rank_more_and_the_other_way_round():
-    """1 + B A = [B, 1] [A; 1]: FLoRA's factors carry a 1/r."""
     model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
-    hira, flora_id = random_adapter(model, "hira", 2), flora.add_adapter(model, "flora", 3)
-    ours = flora.adapters_of(model, flora_id)
-    for name, adapter in flora.adapters_of(model, hira).items():
-        assert isinstance(adapter, HiRA)
-        ours[name].A.data = 3 * torch.cat([adapter.A.data, torch.ones_like(adapter.A[:1])])
-        ours[name].B.data = torch.cat([adapter.B.data, torch.ones_like(adapter.B[:, :1])], dim=1)
-    both = model(ids, torch.tensor([hira, hira])), model(ids, torch.tensor([flora_id, flora_id]))
-    torch.testing.assert_close(*both, atol=1e-5, rtol=0)
-    assert (both[0] - model(ids)).abs().max() > 0.1
+    for convert, (kind, other_kind) in [(flora_of_hira, ("hira", "flora")), (hira_of_flora, ("flora", "hira"))]:
+        first, other = random_adapter(model, kind, 2), flora.add_adapter(model, other_kind, 3)
+        ours = flora.adapters_of(model, other)
+        for name, adapter in flora.adapters_of(model, first).items():
+            A, Bt = convert(adapter.A.data, adapter.B.data)
+            ours[name].A.data, ours[name].B.data = A, Bt.T
+            if kind == "flora":
+                back = flora_in_hira(A, Bt.T)
+                assert torch.equal(back[0], adapter.A) and torch.equal(back[1].T, adapter.B)
+            else:
+                assert flora_in_hira(adapter.A, adapter.B) is None
+        both = model(ids, torch.tensor([first, first])), model(ids, torch.tensor([other, other]))
+        torch.testing.assert_close(*both, atol=1e-5, rtol=0)
+        assert (both[0] - model(ids)).abs().max() > 0.1
