@@ -54,12 +54,13 @@ def launch():
 
 
 def supervise(spec):
-    """Contain, run, clean up -> {"code" or "error"}, and "pid" of the program."""
-    die_with_parent()
+    """Contain, run, clean up -> {"code" or "error"}, and "program", its process id."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())   # and clean up on the way
+    die_with_parent(signal.SIGTERM)
     if spec.user is not None:
         os.chown(spec.folder, spec.user, spec.user)
         os.fchown(spec.sign, spec.user, spec.user)
-    group = memory_group(spec.memory)
+    group, program = memory_group(spec.memory), None
     try:
         if spec.namespaces:
             enter_namespaces(spec)
@@ -68,13 +69,12 @@ def supervise(spec):
             if spec.user is None:   # the limit counts all threads of the user
                 spec.processes += threads_of_user()
         answer = in_child(lambda: run_steps(spec, group))
-        if not spec.namespaces:
-            kill_leftovers(answer.get("pid"))
-        if out_of_memory(group):
-            answer["code"] = "killed"
-        return answer
+        if not spec.namespaces:     # with them, it is another namespace's id
+            program = answer.get("program")
     finally:
+        kill_leftovers(program)
         remove_group(group)
+    return answer
 
 
 def in_child(act):
@@ -82,6 +82,7 @@ def in_child(act):
     from_child, to_parent = os.pipe()
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             answer = act()
         except Exception as e:
@@ -117,7 +118,9 @@ def run_steps(spec, group):
             os.killpg(program.pid, signal.SIGKILL)
         if code != 0:
             break
-    return {"code": code, "pid": program.pid}
+    if out_of_memory(group):
+        code = "killed"
+    return {"code": code, "program": program.pid}
 
 
 def start(spec, command, seconds):
@@ -211,6 +214,7 @@ def out_of_memory(group):
 
 
 def remove_group(group):
+    """Remove a cgroup, all of whose processes have been killed."""
     end = time.monotonic() + 1
     while group and time.monotonic() < end:   # it is busy until its last process is gone
         with suppress(OSError):
@@ -308,8 +312,22 @@ def disk_full(spec):
     return used > spec.disk
 
 
+def threads_of_user():
+    count = 0
+    for task in glob.glob("/proc/[0-9]*/task/[0-9]*"):
+        with suppress(OSError):
+            count += os.stat(task).st_uid == os.getuid()
+    return count
+
+
+# --------------------------------------------------------------------------------------------- both
+
+
 def kill_leftovers(program):
-    """Kill the program's process group, and orphans as they fall to this process, for 5 seconds."""
+    """Kill this process's children, and orphans as they fall to it, for 5 seconds.
+
+    program: the id of a process group to be killed too, or None.
+    """
     end = time.monotonic() + 5
     with suppress(ChildProcessError):   # none is left
         while time.monotonic() < end:
@@ -332,20 +350,10 @@ def children():
                 yield int(file.split("/")[2])
 
 
-def threads_of_user():
-    count = 0
-    for task in glob.glob("/proc/[0-9]*/task/[0-9]*"):
-        with suppress(OSError):
-            count += os.stat(task).st_uid == os.getuid()
-    return count
-
-
-# --------------------------------------------------------------------------------------------- both
-
-
-def die_with_parent():
+def die_with_parent(number=signal.SIGKILL):
+    """Have the kernel send this process a signal when its parent dies."""
     if LINUX:
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        call("prctl", PR_SET_PDEATHSIG, number)
 
 
 def call(name, *args):

@@ -27,7 +27,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from extras import sandbox
-from extras.languages import ALIASES, LANGUAGES, OUTCOMES, Outcome, interpreter_of, run_program
+from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests,
+                              interpreter_of, run_program, why_broken)
 from extras.requests import read_jsonl, read_results, rewrite_results
 from flora import BadInput
 from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
@@ -104,7 +105,7 @@ def to_problem(given, file, where):
 def check_languages(problems):
     """BadInput where an interpreter, or the library that tests need, is missing."""
     for language in dict.fromkeys(p.language for p in problems):
-        interpreter_of(language)
+        announce(language)
         library = LANGUAGES[language].library
         texts = [p.prompt + p.tests for p in problems if p.language == language]
         if library and any(library[0] in text for text in texts):

@@ -126,9 +126,9 @@ def remove(folder):
     """Remove a folder of any depth, whatever it holds and may be read."""
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.chmod(folder, 0o700)
-    if subprocess.run(["rm", "-rf", folder], **quiet).returncode:
-        subprocess.run(["chmod", "-R", "u+rwx", folder], **quiet)
-        subprocess.run(["rm", "-rf", folder], **quiet)
+    if subprocess.run(["/bin/rm", "-rf", folder], **quiet).returncode:
+        subprocess.run(["/bin/chmod", "-R", "u+rwx", folder], **quiet)
+        subprocess.run(["/bin/rm", "-rf", folder], **quiet)
 
 
 def ended(code, out, err, sign):
