@@ -14,15 +14,19 @@ Reading order: (1) the equations as functions, (2) what one projection learns (`
 `IA3`), (3) a linear layer with many of them (`AdapterLinear`), (4) verbs on a model: add, merge,
 save, load. Further kinds, and other forms in which W0 may be held, stand in extras/.
 """
+import contextlib
+import hashlib
 import importlib
 import json
 import os
+import reprlib
+import stat
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
@@ -498,8 +502,9 @@ def default_targets(model, kind):
     return list(adapter_class(kind).default_targets(model))
 
 
-def make_adapters(model, kind, rank, targets=None, alpha=8.0, **options):
-    """{layer name: new Adapter} for every layer of `model` that one of `targets` names."""
+def make_adapters(model, kind, rank, targets=None, alpha=8.0, device=None, **options):
+    """{layer name: new Adapter} for every layer of `model` that one of `targets` names; on that
+    layer's device, or on `device`: "meta" takes no memory."""
     adapter = adapter_class(kind)
     rank, places = adapter.check_rank(rank), adapter.places(model)
     layers = dict(adapter_layers(model))
@@ -516,8 +521,9 @@ def make_adapters(model, kind, rank, targets=None, alpha=8.0, **options):
                 if name in made:
                     raise BadInput(f"targets {' '.join(targets)} adapt {name} twice; name it once")
                 k, d = layers[name].weight.shape
-                new = adapter(rank, target, d, k, model.columns(target), alpha, **more, **options)
-                made[name] = new.to(layers[name].weight.device)
+                with torch.device(device or "cpu"):
+                    new = adapter(rank, target, d, k, model.columns(target), alpha, **more, **options)
+                made[name] = new.to(device or layers[name].weight.device)
     return made
 
 
@@ -624,86 +630,354 @@ def save_adapter(model, adapter_id, file, training=None):
     save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
 
 
+ADAPTER_METADATA = {"kind": str, "rank": float, "targets": [str], "alpha": float, "base": str,
+                    "activation?": str}
+
+
 def load_adapter(model, file):
     """Add the adapter that save_adapter wrote to `file`, or that of a PEFT folder (extras/peft.py);
     returns its id.
 
     Raises BadInput if the file is missing, truncated or not an adapter, if its kind is unknown, if
-    it was trained on another base, or if a tensor is missing, left over or of the wrong shape.
+    it was trained on another base, or if a tensor is missing, left over, of the wrong shape or type
+    or not finite.
     """
     if os.path.isdir(file):
         return extra("peft", f"the PEFT folder {file}").load_peft(model, file)
     tensors, metadata = load_tensors(file)
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
+    check(metadata, ADAPTER_METADATA, f'{file}: "flora_adapter" metadata')
     if metadata["base"] != model.fingerprint:
         raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
                        f" this model's is {model.fingerprint}); load that base with --weights")
     options = {} if metadata.get("activation") is None else {"activation": metadata["activation"]}
     try:
         adapters = make_adapters(model, metadata["kind"], metadata["rank"], metadata["targets"],
-                                 metadata["alpha"], **options)
-    except BadInput as e:
+                                 metadata["alpha"], device="meta", **options)
+    except (BadInput, TypeError) as e:   # TypeError: an option that the kind does not have
         raise BadInput(f"{file}: {e}") from None
-    fill({name: p.data for name, p in named_parameters(adapters).items()}, tensors, file)
+    fill(model, adapters, named_parameters, tensors, file)
     return attach(model, adapters)
 
 
-# -------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------ 5 files: right or refused
 
 
-def fill(wanted, tensors, file):
-    """Copy `tensors`, read from `file`, into the tensors of the same names in `wanted`."""
+def fill(model, adapters, named, tensors, file):
+    """Give adapters that were made on "meta" the `tensors` read from `file`; memory is taken once
+    all fit. named(adapters) -> {name in the file: tensor of an adapter}."""
+    wanted = named(adapters)
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise BadInput(f"{file}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
     for name, tensor in wanted.items():
         if tensor.shape != tensors[name].shape:
             raise BadInput(f"{file}: {name} has shape {list(tensors[name].shape)}, "
                            f"this model needs {list(tensor.shape)}")
-        tensor.copy_(tensors[name])
+        check_weights(name, tensors[name], file)
+    for name, adapter in adapters.items():
+        adapter.to_empty(device=model.get_submodule(name).weight.device)
+    with torch.no_grad():
+        for name, tensor in named(adapters).items():
+            tensor.copy_(tensors[name])
+
+
+def check_weights(name, tensor, file, dtype=None):
+    """BadInput unless a tensor read from `file` can be weights: floating point, and finite in
+    `dtype` (default: its own)."""
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise BadInput(f"{file}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; weights "
+                       "must be float32, bfloat16 or float16")
+    if tensor.numel() == 0:
+        return
+    low, high = tensor.detach().to(dtype or tensor.dtype).aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        what = str(dtype or tensor.dtype).removeprefix("torch.")
+        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it was damaged or "
+                       "diverged, or needs a wider --dtype")
+
+
+def existing_file(file, what="file"):
+    """`file`, or BadInput if it is not there, not a regular file, or a pointer of Git LFS."""
+    if not os.path.exists(file):
+        raise BadInput(f"{file}: no such {what}")
+    if not os.path.isfile(file):
+        raise BadInput(f"{file}: is not a {what} but a folder, device or pipe")
+    with open_file(file, "rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs"):
+            raise BadInput(f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull")
+    return file
+
+
+def open_file(file, mode):
+    try:
+        return open(file, mode)
+    except OSError as e:
+        raise BadInput(f"{file}: cannot be read ({e.strerror})") from None
 
 
 def load_tensors(file):
     """An adapter's safetensors file -> ({name: CPU tensor}, "flora_adapter" metadata or None)."""
-    if not os.path.isfile(file):
-        raise BadInput(f"{file}: no such adapter file")
+    existing_file(file, "adapter file")
     try:
         with safe_open(file, "pt") as f:
             metadata = json.loads((f.metadata() or {}).get("flora_adapter", "null"))
             return {name: f.get_tensor(name) for name in f.keys()}, metadata
-    except (SafetensorError, json.JSONDecodeError) as e:
+    except (SafetensorError, ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not a readable safetensors file ({e}); "
                        "copy or train it again") from e
 
 
-def save_tensors(tensors, file, metadata):
-    """Write a safetensors file in one piece: under a temporary name, then renamed."""
-    with open(f"{file}.tmp", "wb"):  # gives it the usual permissions; safetensors alone says 0600
-        pass
-    save_file(tensors, f"{file}.tmp", metadata)
-    os.replace(f"{file}.tmp", file)
+WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
 
 
-def read_json(file):
-    """The object in a JSON file; BadInput if it cannot be read or holds something else."""
-    try:
-        with open(file, encoding="utf-8") as f:
-            value = json.load(f)
+def check(value, schema, where, name="what it holds"):
+    """BadInput, naming `where` and the key, unless `value`, read from a file, has the form `schema`:
+    str, int, float (any finite number) or bool; [schema], a list; {key: schema}, an object, in
+    which a key written with "?" may be missing or null."""
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be a list")
+        for item in value:
+            check(item, schema[0], where, f"an entry of {name}")
+    elif isinstance(schema, dict):
         if not isinstance(value, dict):
-            raise ValueError("not an object")
-        return value
-    except FileNotFoundError:
-        raise BadInput(f"{file}: no such file") from None
-    except (OSError, ValueError) as e:
+            raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be an object")
+        for key, inner in schema.items():
+            key, optional = key.rstrip("?"), key.endswith("?")
+            if value.get(key) is not None:
+                check(value[key], inner, where, key)
+            elif not optional:
+                raise BadInput(f"{where}: has no {key}")
+    elif not is_a(value, schema):
+        raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be {WORDS[schema]}")
+
+
+def is_a(value, kind):
+    """Whether a value of JSON is of a kind: a bool is not a number, a number is finite."""
+    if kind is float:
+        return type(value) in (int, float) and -1e300 < value < 1e300
+    return type(value) is kind
+
+
+def read_json(file, schema={}):
+    """The object in a JSON file; BadInput if it cannot be read or does not have the form `schema`."""
+    existing_file(file)
+    try:
+        with open_file(file, "rb") as f:
+            value = json.loads(f.read().decode("utf-8"))
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not readable as JSON ({e})") from None
+    check(value, schema, file)
+    return value
+
+
+# --------------------------------------------------- 6 outputs: nothing overwritten, nothing lost
+
+
+def save_tensors(tensors, file, metadata):
+    """Write a safetensors file."""
+    with open_output(file) as f:
+        if stands(file):
+            f.write(save(tensors, metadata))
+        else:   # not by way of memory: a base model may fill most of it
+            save_file(tensors, f.name, metadata)
 
 
 def write_json(file, value):
-    """Write a JSON file in one piece: under a temporary name, then renamed."""
+    """Write a JSON file."""
+    with open_output(file) as f:
+        f.write(json.dumps(value, indent=1).encode() + b"\n")
+
+
+@contextlib.contextmanager
+def open_output(file):
+    """The one way in which a file is written: open for bytes under a temporary name, and renamed
+    when all is written, so that a kill or a full disk leaves what was there. Links are followed;
+    devices and pipes are written to as they stand. BadInput, naming the file, if it cannot be."""
     try:
-        with open(f"{file}.tmp", "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1)
-            f.write("\n")
-        os.replace(f"{file}.tmp", file)
+        through = stands(file)
+        if through is None:
+            with replacing(os.path.realpath(file)) as f:
+                yield f
+        else:
+            with open(os.dup(through) if isinstance(through, int) else through, "wb") as f:
+                yield f
+    except (OSError, RuntimeError, SafetensorError) as e:
+        reason = e
+        while reason is not None and not isinstance(reason, (OSError, SafetensorError)):
+            reason = reason.__context__   # torch.save hides the OSError behind an error of its own
+        if reason is None:
+            raise
+        reason = getattr(reason, "strerror", None) or reason
+        raise BadInput(f"{file}: cannot be written ({reason})") from e
+
+
+def stands(file):
+    """What to write to if `file` is not to be replaced: the path of a device or pipe, the number
+    of this process's output if it is that file; otherwise None."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(stream)):
+                return stream
+    return None if stat.S_ISREG(found.st_mode) else file
+
+
+@contextlib.contextmanager
+def temporary(file):
+    """A file open for bytes beside `file`; it is gone at the end, unless it was renamed."""
+    name = f"{file}.{os.getpid()}.tmp"
+    try:
+        with open(name, "wb") as f:
+            yield f
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+@contextlib.contextmanager
+def replacing(file):
+    """A temporary file which, once written, takes the place and the permissions of `file`."""
+    with temporary(file) as f:
+        mode = os.stat(file if os.path.exists(file) else f.name).st_mode
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+        os.chmod(f.name, stat.S_IMODE(mode))
+        os.replace(f.name, file)
+
+
+JSON, PNG = (b"{", b"["), (b"\x89PNG",)   # how such files begin
+
+
+def check_writable(file, flag, begins=None, make_folder=False):
+    """BadInput, before the work, if `file`, which `flag` names, could not be written after it: for
+    want of a folder, a permission or room for a small file, or because what is there is not of the
+    kind that would replace it (`begins`: JSON or PNG). Nothing for None."""
+    if file is None:
+        return
+    target, held = os.path.realpath(file), b""
+    try:
+        if os.path.isdir(target) or not os.path.basename(file):
+            raise BadInput(f"{flag} {file}: is a folder; name a file")
+        if stands(file):
+            return
+        if make_folder:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.exists(target):
+            with open(target, "r+b") as f:
+                held = f.read(64).lstrip()
+        with temporary(target) as f:
+            f.write(bytes(4096))
+            f.flush()
+            os.fsync(f.fileno())
     except OSError as e:
-        raise BadInput(f"{file}: cannot be written ({e.strerror})") from None
+        raise BadInput(f"{flag} {file}: cannot be written ({e.strerror})") from None
+    if begins and held and not held.startswith(begins):
+        raise BadInput(f"{flag} {file}: holds something else than this writes; move it away, or "
+                       f"choose another {flag}")
+
+
+def write_each(*writes):
+    """Call all of these functions, also after one that raises BadInput, which is raised last."""
+    failed = []
+    for write in writes:
+        try:
+            write()
+        except BadInput as e:
+            failed.append(str(e))
+    if failed:
+        raise BadInput("; ".join(failed))
+
+
+@contextlib.contextmanager
+def locked(path, flag):
+    """Inside, this process alone writes `path`, a folder or a file; BadInput if another one does.
+    The lock dies with its process. flag names the path."""
+    import fcntl   # POSIX
+    path, mine = os.path.realpath(path), False
+    folder = os.path.isdir(path)
+    if stands(path) and not folder:
+        yield
+        return
+    lock = path if folder else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
+    try:
+        handle = os.open(lock, os.O_RDONLY | (0 if folder else os.O_CREAT), 0o666)
+    except OSError as e:
+        raise BadInput(f"{flag} {path}: cannot be written ({e.strerror})") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.stat(lock), os.fstat(handle))   # not removed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:   # a file system without locks
+            mine = True
+        if not mine:
+            raise BadInput(f"{flag} {path}: another process is writing there; wait for its end, or "
+                           f"choose another {flag}")
+        yield
+    finally:
+        if mine and not folder:
+            os.unlink(lock)
+        os.close(handle)
+
+
+# ------------------------------------------------------------------- 7 identity: content, not a name
+
+
+def digest(*parts):
+    """16 hexadecimal digits for texts or bytes, in this order: others have others."""
+    total = hashlib.sha256()
+    for part in parts:
+        part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:16]
+
+
+def digest_files(files):
+    """The digest of several files' names and contents."""
+    sums = []
+    for file in files:
+        content = hashlib.sha256()
+        with open_file(file, "rb") as f:
+            while chunk := f.read(1 << 22):
+                content.update(chunk)
+        sums += [os.path.basename(file), content.digest()]
+    return digest(*sums)
+
+
+def adapter_digest(name):
+    """The digest of what an adapter file or PEFT folder computes; None for "none", the base model."""
+    if name == "none":
+        return None
+    if os.path.isdir(name):
+        inside = [os.path.join(name, file) for file in sorted(os.listdir(name))]
+        return digest_files(f for f in inside if f.endswith((".json", ".safetensors")))
+    tensors, metadata = load_tensors(name)
+    metadata = {key: value for key, value in (metadata or {}).items() if key != "training"}
+    parts = [json.dumps(metadata, sort_keys=True)]
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous().reshape(-1)
+        parts += [key, f"{tensors[key].dtype} {list(tensors[key].shape)}",
+                  tensor.view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
+
+
+CONTENT = {"base": "base model", "data": "data", "adapter_content": "adapter", "from_lora": "LoRA",
+           "problems": "problems"}   # settings that are digests: what they stand for
+
+
+def difference(made, now):
+    """In what the settings with which something was `made` differ from those of `now`, as words
+    that follow "was made with"; None if in nothing. What `made` lacks is not compared."""
+    for name, value in now.items():
+        if name in made and made[name] != value:
+            if name in CONTENT:
+                return f"another {CONTENT[name]} (fingerprint {made[name]}, not {value})"
+            return f"--{name.replace('_', '-')} {made[name]}, not {value}"
+    return None

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear, BadInput, extra, read_json, save_tensors, write_json
+from flora import (AdapterLinear, BadInput, digest_files, extra, open_output, read_json,
+                   save_tensors, write_json)
 
 
 @dataclass
@@ -476,6 +477,14 @@ def weight_files(folder):
                    "nor an index of shards")
 
 
+def base_digest(folder):
+    """The digest of all that makes up a base model: its weights, config and tokenizer."""
+    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
+             "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+    beside = [os.path.join(folder, name) for name in names]
+    return digest_files(weight_files(folder) + [file for file in beside if os.path.isfile(file)])
+
+
 def stored_tensors(folder):
     """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time."""
     for file in weight_files(folder):
@@ -633,11 +642,10 @@ def get_device(name):
 
 
 def save_figure(figure, file, dpi=130):
-    """Write a matplotlib figure as PNG whole: under a temporary name, then renamed."""
+    """Write a matplotlib figure as PNG."""
     figure.tight_layout()
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    figure.savefig(f"{file}.tmp", format="png", dpi=dpi)
-    os.replace(f"{file}.tmp", file)
+    with open_output(file) as f:
+        figure.savefig(f, format="png", dpi=dpi)
 
 
 def run_main(main):

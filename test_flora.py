@@ -1203,7 +1203,7 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
                  "--repeats", 1, "--slots", 2, "--num-adapters", 3, "--request-rate", 500, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "out" / "bench_cpu.json").read_text())
-    assert len(result["rows"]) == 2 * (2 + 2 * 4)   # two modes; base and ia3; two FLoRAs and LoRAs at two ranks
+    assert len(result["rows"]) == 2 * (2 + 2 * 3)   # two modes; base and ia3; FLoRA and two LoRAs at two ranks
     assert {row["baseline"] for row in result["rows"]} == {
         "base", "ia3", "flora", "lora-example", "lora-token"}
     check_bench_result(result, run.stdout, tmp_path)

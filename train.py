@@ -3,9 +3,9 @@
   python train.py --adapter flora --rank 1                      the embedded base learns C++
   python train.py --adapter lora --rank 8 --weights starcoderbase-1b --data src/ --ext .lua
   torchrun --nproc-per-node=4 train.py --adapter flora          data-parallel, same global batch
-  python train.py --adapter none                      a base model, from scratch (extras/pretrain.py)
+  python train.py --adapter none                    a base model, from scratch (extras/pretrain.py)
   python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors
-                                                      a LoRA's copy (extras/lora_to_flora.py)
+                                                    a LoRA's copy (extras/lora_to_flora.py)
 
 Writes OUT/adapter.safetensors (none: a Hugging Face folder), OUT/log.json and OUT/checkpoint.pt.
 Read main -> train -> train_adapter -> fit_text -> fit, which is the loop, then what they call.
@@ -567,7 +567,7 @@ def parse_args(argv=None):
 
 def add_adapter_flags(add):
     add("--adapter", default="flora", metavar="KIND",
-        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba, hira), or none: the base model itself")
+        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba, hira), or none: the base itself")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
         "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "

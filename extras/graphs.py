@@ -20,7 +20,8 @@ class GraphEngine(Engine):
         super().__init__(model, slots, **settings)
         self.forward = torch.compile(model, dynamic=False) if compile else model
         self.layers = [layer for _, layer in flora.adapter_layers(model)]
-        self.graphs, self.banks = {}, []      # {cache length: (graph, its logits)}, over these banks
+        self.graphs = {}      # {cache length: (graph, its logits)}
+        self.banks = []       # of each layer, as the graphs read them
 
     def batch_adapters(self):
         """The ids of all slots: their rows are gathered within the step, so that ids and bank may

@@ -42,9 +42,10 @@ def fit_flora(W0, W, rank, rounds=10):
 
 
 def least_squares(weights, targets, fixed, last):
-    """argmin over x [n, r] of sum_m weights [n, m] (x · fixed [m, r])² - 2 targets [n, m] (x · fixed).
+    """argmin over x [n, r] of sum_m weights (x · fixed)² - 2 targets (x · fixed).
 
-    A slight pull to `last` [n, r], the previous x, decides where the sum alone does not.
+    weights and targets [n, m], fixed [m, r], one row of it for each m. A slight pull to `last`
+    [n, r], the previous x, decides where the sum alone does not.
     """
     rank = fixed.shape[1]
     outer = (fixed[:, :, None] * fixed[:, None]).flatten(1)                   # [m, r r]

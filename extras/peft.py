@@ -82,7 +82,7 @@ def load_peft(model, folder):
                and any(name.endswith(f".{place}") for name in named)]
     rank, alpha = config.get("r"), config["lora_alpha"]
     try:
-        adapters = make_adapters(model, KINDS[config["peft_type"]], rank, targets, alpha)
+        adapters = make_adapters(model, KINDS[config["peft_type"]], rank, targets, alpha, device="meta")
     except BadInput as e:
         raise BadInput(f"{file}: {e}") from None
     for name in sorted(adapters.keys() - named):
@@ -91,7 +91,7 @@ def load_peft(model, folder):
     if config.get("use_rslora"):  # alpha / sqrt(r) in the place of alpha / r
         for adapter in adapters.values():
             adapter.alpha = alpha * rank**0.5
-    fill(peft_tensors(adapters), load_tensors(weights)[0], weights)
+    fill(model, adapters, peft_tensors, load_tensors(weights)[0], weights)
     return attach(model, adapters)
 
 

@@ -13,7 +13,7 @@ from test_flora import test_bad_input_is_one_sentence_and_exit_status_2 as check
 def test_the_fit_recovers_what_flora_can_be_and_never_grows_worse():
     torch.manual_seed(0)
     W0, rank = torch.randn(12, 20), 3
-    W = W0 * (1 + torch.randn(12, rank - 1) @ torch.randn(rank - 1, 20))       # exactly W0 ∘ (rank 3)
+    W = W0 * (1 + torch.randn(12, rank - 1) @ torch.randn(rank - 1, 20))   # exactly W0 ∘ (rank 3)
     A, B, errors = fit_flora(W0, W, rank, rounds=100)
     torch.testing.assert_close(W0 * (B @ A).float(), W, rtol=0, atol=1e-3)
     lora = W0 + torch.randn(12, 2) @ torch.randn(2, 20)                        # what it cannot be
@@ -61,7 +61,8 @@ def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, 
     assert losses(resumed) == losses(student)
 
     model = GPT.from_pretrained(tiny_folder)
-    adapters = [flora.load_adapter(model, report["adapter_file"]) for report in (lora, student, fit)]
+    files = [report["adapter_file"] for report in (lora, student, fit)]
+    adapters = [flora.load_adapter(model, file) for file in files]
     x, ids = torch.randint(0, 4096, (2, 32)), torch.ones(2, dtype=torch.int64)
     far = [distillation_loss(model, model, x, i * ids, adapters[0] * ids).item()
            for i in [*adapters, BASE]]

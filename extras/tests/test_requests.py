@@ -17,13 +17,15 @@ def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
     adapter = str(tmp_path / "a.safetensors")
     flora.save_adapter(model, trained(model, flora.add_adapter(model, "flora", 2)), adapter)
     lines = [dict(prompt="def f(x):", max_new_tokens=5), dict(prompt="import ", adapter=adapter),
-             dict(prompt="x " * 600), dict(prompt="class A", adapter=adapter, stop=["e"], temperature=0.5, seed=7)]
+             dict(prompt="x " * 600),
+             dict(prompt="class A", adapter=adapter, stop=["e"], temperature=0.5, seed=7)]
     requests, results = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     command = ["--requests", requests, "--results", results, "--max-new-tokens", 9, "--slots", 2]
     run = script("generate.py", *command)
     assert run.returncode == 0 and "4 requests, 1 failed" in run.stderr, run.stderr
     got = {r["line"]: r for r in map(json.loads, results.read_text().splitlines())}
-    assert sorted(got) == [1, 2, 3, 4] and "shorten it" in got[3]["error"] and got[3]["tokens"] == []
+    assert sorted(got) == [1, 2, 3, 4]
+    assert "shorten it" in got[3]["error"] and got[3]["tokens"] == []
     for line, i, settings in [(1, BASE, dict(max_new_tokens=5)), (2, 1, dict(max_new_tokens=9))]:
         ids = generate.generate(model, [tokenizer.encode(lines[line - 1]["prompt"])], [i],
                                 eos_id=tokenizer.eos_id, **settings)[0]
@@ -39,15 +41,19 @@ def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
     assert again[:2] == whole[:2] and sorted(again) == sorted(whole)
     write_jsonl(requests, [dict(prompt="another")] + lines[1:])
     run = script("generate.py", *command)
-    assert run.returncode == 2 and "line 1 of the requests was another one then; move the file" in run.stderr
+    assert run.returncode == 2
+    assert "line 1 of the requests was another one then; move the file" in run.stderr
 
 
 def test_requests_that_make_no_sense_are_refused_in_a_sentence(tmp_path):
     file = tmp_path / "in.jsonl"
     for text, sentence in [
-            ("{", "not readable as JSONL .line 1: "), ("", "holds no request"), ("[1]", 'line 1: needs a JSON object'),
-            ('{"prompt": "a"}\n{"prompt": "b", "top": 1}', "line 2: unknown key 'top'; use prompt, adapter"),
-            ('{"prompt": "a", "max_new_tokens": "9"}', "max_new_tokens is '9', which is no whole number"),
+            ("{", "not readable as JSONL .line 1: "), ("", "holds no request"),
+            ("[1]", "line 1: needs a JSON object"),
+            ('{"prompt": "a"}\n{"prompt": "b", "top": 1}',
+             "line 2: unknown key 'top'; use prompt, adapter"),
+            ('{"prompt": "a", "max_new_tokens": "9"}',
+             "max_new_tokens is '9', which is no whole number"),
             ('{"prompt": "a", "temperature": true}', "temperature is True, which is no number"),
             ('{"prompt": "a", "stop": "x"}', "stop is 'x', which is no list of texts"),
             ('{"prompt": "a", "stop": [""]}', "which is no list of texts")]:

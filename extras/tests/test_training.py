@@ -7,9 +7,10 @@ import pytest
 import flora
 import generate
 from model import GPT, Tokenizer
+from test_flora import run_script, run_train
 from test_flora import (
-    run_script, run_train,
-    test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one as check_resume,
+    test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one as check_resume)
+from test_flora import (
     test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice as check_losses)
 
 LLAMA_TARGETS = {"flora": ["q_proj", "v_proj"], "lora": ["q_proj", "v_proj"],
