@@ -158,11 +158,12 @@ def ending(pattern, text):
     return re.search(rf"(?:{pattern})\s*\Z", text)
 
 
-def check_tests(language, tests):
-    """BadInput, without a subject, for tests that have no place for the sign of success."""
+def check_tests(language, tests, where):
+    """BadInput, beginning with `where`, for tests that have no place for the sign of success."""
     before = LANGUAGES[language].before
     if before and not ending(before, tests):
-        raise BadInput(f"its tests do not end as MultiPL-E's of {language} do, in {before}")
+        raise BadInput(f"{where}: its tests do not end as MultiPL-E's of {language} do "
+                       f"(the pattern {before})")
 
 
 def why_broken(language, prompt):
