@@ -84,7 +84,7 @@ LANGUAGES = {  # by MultiPL-E's names
     "rs": Language(("rustc", "-A", "warnings", "-C", "strip=symbols", "-o", "program"),
                    "program.rs", '::std::fs::write("/dev/fd/SIGN", "TOKEN").unwrap();',
                    compiled="./program", before=r"\}", smallest="fn main() {\n}"),
-    "rkt": Language(("racket",), "program.rkt", RACKET_SIGN, address_space=False,
+    "rkt": Language(("racket",), "program.rkt", RACKET_SIGN,
                     smallest="#lang racket\n(require rackunit)\n(check-equal? 1 1)"),
     "jl": Language(("julia", "--startup-file=no", "--history-file=no"), "program.jl",
                    'Base.write("/dev/fd/SIGN", "TOKEN")', address_space=False,

@@ -13,12 +13,14 @@ of these hold here.
 
 NOT contained: a program can read what its user may read: world-readable files, and its own source.
 It can use the CPU until its time is up. Without a cgroup, LIMITS["processes"] processes can hold
-LIMITS["memory"] each, and some more in the buffers of sockets and pipes. Without namespaces it
-also reaches the network and writes whatever its user may write, in /dev/shm too, unseen by the
-limit on disk. If, besides, you are not root, its user is you: it reaches your files and your
-processes, this one too, and what it starts before it kills this one's helpers outlives its run. No
-sandbox of this size withstands an attack on the kernel. For code of unknown intent use a machine
-or a container that holds nothing else.
+LIMITS["memory"] each, and about 60 MB each in the buffers of sockets and pipes; a program in
+JavaScript, Julia or Swift, whose address space is not limited, more in shared mappings. Without
+namespaces it also reaches the network and writes whatever its user may write, in /dev/shm too,
+unseen by the limit on disk. If, besides, you are not root, its user is you: it reaches your files
+and your processes, this one too, and what it starts before it kills this one's helpers outlives
+its run. Without a filter of system calls it can mount file systems of its own, in memory that only
+a cgroup counts. No sandbox of this size withstands an attack on the kernel. For code of unknown
+intent use a machine or a container that holds nothing else.
 
 The containing itself is done by extras/launcher.py, one fresh interpreter for each program.
 """
