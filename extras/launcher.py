@@ -69,10 +69,10 @@ def supervise(spec):
             if spec.user is None:   # the limit counts all threads of the user
                 spec.processes += threads_of_user()
         answer = in_child(lambda: run_steps(spec, group))
-        if not spec.namespaces:     # with them, it is another namespace's id
-            program = answer.get("program")
+        program = answer.get("program")
     finally:
-        kill_leftovers(program)
+        if not spec.namespaces:   # with them, the runner's end was that of all, and ids are others
+            kill_leftovers(program)
         remove_group(group)
     return answer
 
@@ -90,8 +90,12 @@ def in_child(act):
         os.write(to_parent, json.dumps(answer).encode())
         os._exit(0)
     os.close(to_parent)
-    with suppress(ChildProcessError):
+    try:
         os.waitpid(child, 0)
+    except SystemExit:   # SIGTERM
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
     os.set_blocking(from_child, False)   # another process of this user may hold the other end
     answer = b""
     with suppress(BlockingIOError):

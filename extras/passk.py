@@ -61,7 +61,7 @@ class Problem(NamedTuple):
 
 
 def read_problems(file):
-    """Problems of a MultiPL-E or HumanEval file (.jsonl, .json, with .gz or not) -> list of Problem.
+    """Problems of a MultiPL-E or HumanEval file (.jsonl or .json, or that .gz) -> list of Problem.
 
     Raises BadInput for a file that cannot be read, a line without the keys of either format, a
     language that LANGUAGES lacks, and a name that comes twice.

@@ -154,8 +154,8 @@ STILL_RIGHT = {
            "import sys; sys.stdout.close()", "class Late:\n    def __del__(self): print('bye')\n"
            "late = Late()", "import os; os.chdir('/')", "print('debug ' * 200000)", "#\r\n\x0c",
            "# gr\u00f6\u00dfe \U0001f600"],
-    "sh": ["exec 1>&2", "echo() { printf '%s\n' $*; }", "trap 'echo bye' EXIT", "exec >/dev/null", "cd /",
-           "set -u"],
+    "sh": ["exec 1>&2", "echo() { printf '%s\n' $*; }", "trap 'echo bye' EXIT",
+           "exec >/dev/null", "cd /", "set -u"],
     "pl": ["END { print 'bye' }", "select(STDERR);", "$\\ = '!'; $, = '-';", "close(STDOUT);",
            "use strict; use warnings;", "package Other; package main;", "use utf8;",
            "use open ':std', ':encoding(UTF-16)';", "print '\0', 'x' x 1000000;"],
@@ -210,7 +210,8 @@ LEAVES = {
     "d": ["void main() {}", "unittest { import core.stdc.stdlib; exit(0); }", "__EOF__",
           "void main() {}\n__EOF__", "shared static this() { import core.stdc.stdlib; exit(0); }"],
     "rs": ["}\nfn main() {"],
-    "rkt": ["(exit)", "(module+ main (exit 0))", "(error-escape-handler (lambda () (exit 0)))\n(car 1)"],
+    "rkt": ["(exit)", "(module+ main (exit 0))",
+            "(error-escape-handler (lambda () (exit 0)))\n(car 1)"],
     "jl": ["exit()", "ccall(:_exit, Cvoid, (Cint,), 0)"],
 }
 

@@ -82,8 +82,8 @@ def test_known_completions_in_three_languages_get_their_pass_at_k(tmp_path, monk
     assert main(*flags) == table and len(calls) == 2
     again = results.read_text().splitlines(keepends=True)
     assert again[:16] == complete[:16] and len(again) == 18
-    with pytest.raises(BadInput, match="results.jsonl: was made with --timeout 60.0, not 61.0; move "
-                       "the file away"):
+    with pytest.raises(BadInput, match="results.jsonl: was made with --timeout 60.0, not 61.0; "
+                       "move the file away"):
         main(*flags, "--timeout", 61)
     files[0].write_text(files[0].read_text().replace("candidate(1, 2)", "candidate(2, 1)"))
     with pytest.raises(BadInput, match="another form of the problem a of py.jsonl"):

@@ -220,19 +220,23 @@ sandbox.contained([(("/bin/sh", "{program_name}"), 60)], "{program_name}", "slee
                   namespaces={not sandbox.no_namespaces()})"""])
     try:
         wait_until(lambda: left_over(program_name, but=evaluation.pid))
+        groups = [group for group in Path("/sys/fs/cgroup").glob("**/flora-*")
+                  if parent_of(group.name.removeprefix("flora-")) == evaluation.pid]
+        assert sandbox.no_memory_group() or groups
     finally:
         evaluation.send_signal(signal.SIGKILL)
         evaluation.wait()
     wait_until(lambda: not left_over(program_name))
-    wait_until(lambda: not groups_left())
+    wait_until(lambda: not any(map(os.path.exists, groups)))
     for folder in Path(tempfile.tempdir).iterdir():
         sandbox.remove(folder)
 
 
-def groups_left():
-    """Cgroups whose program's supervisor is gone."""
-    found = Path("/sys/fs/cgroup").glob("**/flora-*")
-    return [g for g in found if not Path("/proc", g.name.removeprefix("flora-")).exists()]
+def parent_of(process):
+    try:
+        return int(Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:   # it has ended
+        return None
 
 
 def wait_until(happened):
