@@ -682,19 +682,17 @@ def fill(model, adapters, named, tensors, file):
             tensor.copy_(tensors[name])
 
 
-def check_weights(name, tensor, file, dtype=None):
-    """BadInput unless a tensor read from `file` can be weights: floating point, and finite in
-    `dtype` (default: its own)."""
+def check_weights(name, tensor, file, kept=None):
+    """BadInput unless a tensor read from `file` can be weights: floating point, and finite, also in
+    the dtype in which it is `kept` (default: its own)."""
+    kept = tensor if kept is None else kept
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise BadInput(f"{file}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; weights "
                        "must be float32, bfloat16 or float16")
-    if tensor.numel() == 0:
-        return
-    low, high = tensor.detach().to(dtype or tensor.dtype).aminmax()
-    if not (low.isfinite() and high.isfinite()):
-        what = str(dtype or tensor.dtype).removeprefix("torch.")
-        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it was damaged or "
-                       "diverged, or needs a wider --dtype")
+    if kept.numel() and not all(extreme.isfinite() for extreme in kept.detach().aminmax()):
+        what = str(kept.dtype).removeprefix("torch.")
+        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it is damaged or "
+                       "diverged, or needs another --dtype")
 
 
 def existing_file(file, what="file"):
@@ -728,7 +726,7 @@ def load_tensors(file):
                        "copy or train it again") from e
 
 
-WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+WORDS = {str: "text", int: "a whole number", float: "a number that is finite", bool: "true or false"}
 
 
 def check(value, schema, where, name="what it holds"):

@@ -46,6 +46,16 @@ def sample(logits, temperature, top_k, top_p, u):
 # --------------------------------------------------------------------------------------- the engine
 
 
+NOT_FINITE = -1   # in the place of a token, where a row's logits are NaN or infinite
+
+
+def as_list(ids):
+    """None, an id or several -> a list."""
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
 @dataclass(eq=False)
 class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
@@ -56,12 +66,13 @@ class Request:
     top_k: int = 0                # 0 keeps all
     top_p: float = 1.0
     seed: int = 0                 # the same request draws the same tokens, whatever runs beside it
-    eos_id: int | None = None     # ends the request, which then includes it
+    eos_id: int | list | None = None   # one or several: ends the request, which then includes it
     stopped: object = None        # stopped(new ids) -> True ends it; asked whenever tokens are read
 
     ids: list = field(default_factory=list)   # the new ids so far
     state: str = "waiting"        # -> "running" -> "done"; or "failed" (see error), or "cancelled"
     error: str | None = None
+    ends: list = ()               # eos_id as a list
     limit: int = 0                # new tokens at most: max_new_tokens, or what the context leaves
     last_step: int = 0            # the engine's step that picks the last of them
     offset: int = 0               # tokens in the cache = offset + the engine's steps
@@ -103,7 +114,8 @@ class Engine:
         self.unread = []                      # tokens [n] of each step since the last sync
         self.steps = 0
         self.logits = None                    # [n, vocab] of the token that comes next
-        self.kv_cache = model.new_kv_cache(slots, self.length)     # [n_layer, 2, slots, K, S, D]
+        self.kv_cache = self.new_kv_cache()   # [n_layer, 2, slots, K, S, D]
+        self.written = 0                      # of S, at most, by any request so far
         zeros = partial(torch.zeros, slots, device=device)
         self.table = dict(                    # a row per slot; the first n are running requests
             token=zeros(dtype=torch.int64),        # the last one picked
@@ -113,6 +125,13 @@ class Engine:
             u=torch.zeros(slots, self.length, device=device),   # uniform in [0, 1), by position
         )
         model.pack()
+
+    def new_kv_cache(self):
+        try:
+            return self.model.new_kv_cache(self.slots, self.length)
+        except RuntimeError as e:   # of the allocator
+            raise BadInput(f"a KV cache of {self.slots} slots of {self.length} tokens does not fit in "
+                           f"memory ({str(e).splitlines()[0]}); use fewer --slots") from None
 
     # what a caller does
 
@@ -126,8 +145,8 @@ class Engine:
         One that cannot run fails alone: it comes back with `error` set, and step() reports it like
         any other that has ended.
         """
-        request = Request(list(prompt) or [self.model.config.eos_token_id], **settings)
-        request.arrived = time.perf_counter()
+        request = Request(list(prompt) or as_list(self.model.config.eos_token_id)[:1], **settings)
+        request.arrived, request.ends = time.perf_counter(), as_list(request.eos_id)
         request.limit = min(request.max_new_tokens, self.length - len(request.prompt))
         request.error = self.refusal(request)
         if request.error:
@@ -157,7 +176,7 @@ class Engine:
         self.admit()
         if self.running:
             tokens = self.pick()                                              # [n]
-            self.table["token"][:len(tokens)] = tokens
+            self.table["token"][:len(tokens)] = tokens.clamp(min=0)
             self.unread.append(tokens)
             self.steps += 1
             if self.steps == self.next_end or len(self.unread) == self.sync_every:
@@ -231,6 +250,9 @@ class Engine:
         adapter_ids = None
         if any(r.adapter_id for r in requests):
             adapter_ids = self.table["adapter_id"][n:n + m]
+        # A masked position still counts as 0 times what is there, so no NaN may be left behind
+        self.kv_cache[:, :, n:n + m, :, :self.written] = 0
+        self.written = max(self.written, longest)
         kv_cache = self.kv_cache[:, :, n:n + m, :, :longest]
         hidden = self.model.hidden(ids.to(self.device), adapter_ids, kv_cache)   # [m, longest, C]
         last = self.table["position"][n:n + m] - 1         # each prompt's own last token
@@ -253,9 +275,13 @@ class Engine:
             return flora.gather(self.model, self.table["adapter_id"][:len(self.running)])
 
     def pick(self):
-        """The next token of every running request, int64 [n]."""
-        if not self.sampling:
-            return self.logits.argmax(-1)
+        """The next token of every running request, int64 [n]; NOT_FINITE where its logits are not."""
+        best, token = self.logits.max(-1)      # max is NaN in a row that has one
+        if self.sampling:
+            token = self.sample()
+        return torch.where(best.isfinite(), token, NOT_FINITE)
+
+    def sample(self):
         u, position, temperature, top_k, top_p = (
             self.table[name][:len(self.running)]
             for name in ("u", "position", "temperature", "top_k", "top_p"))
@@ -265,6 +291,7 @@ class Engine:
     def decode(self):
         """Run the model on the last token of every running request -> self.logits [n, vocab]."""
         n, length = len(self.running), self.offset + self.steps
+        self.written = max(self.written, length)
         token, position = self.table["token"][:n, None], self.table["position"][:n, None]
         kv_cache = self.kv_cache[:, :, :n, :, :length]
         self.logits = self.model(token, self.adapters, kv_cache, position)[:, 0]
@@ -284,13 +311,17 @@ class Engine:
             self.recompose()
 
     def receive(self, request, ids, now):
-        """Give a request its new ids, and end it after eos_id, at its limit or where it says so."""
-        if request.eos_id in ids:
-            ids = ids[:ids.index(request.eos_id) + 1]
+        """Give a request its new ids, and end it after an eos_id, at its limit or where it says so."""
+        last = [i for i, token in enumerate(ids) if token in request.ends][:1]
+        ids = ids[:last[0] + 1] if last else ids
+        if NOT_FINITE in ids:
+            ids = ids[:ids.index(NOT_FINITE)]
+            request.error = ("its logits are not finite: its adapter or its prompt's values diverged, "
+                             "or overflow this dtype; use --dtype float32 or another adapter")
         request.first_token = request.first_token or now
         request.ids += ids
-        ended = len(request.ids) == request.limit or ids[-1] == request.eos_id
-        if request.stopped is not None and not ended:
+        ended = len(request.ids) == request.limit or bool(last)
+        if request.stopped is not None and not ended and not request.error:
             try:
                 ended = request.stopped(request.ids)
             except Exception as e:  # the caller's code; its failure is this request's alone
@@ -310,7 +341,7 @@ class Engine:
         """Free slot i, moving the last running request into it."""
         last = self.running.pop()
         if i < len(self.running):
-            j, length = len(self.running), last.offset + self.steps
+            j, length = len(self.running), self.written
             self.kv_cache[:, :, i, :, :length] = self.kv_cache[:, :, j, :, :length]
             for column in (self.logits, *self.table.values()):
                 column[i] = column[j]
@@ -359,6 +390,9 @@ def generate_steps(model, prompts, adapter_ids=None, max_new_tokens=64, temperat
         fresh = {rows[request]: ids[0] for request, ids in engine.step() if ids}
         if fresh:
             yield fresh
+    for request, row in rows.items():
+        if request.error:
+            raise BadInput(f"prompt {row + 1}: {request.error}")
 
 
 def generate(model, prompts, adapter_ids=None, **settings):
@@ -398,7 +432,7 @@ class Printer:
 
 def new_text(tokenizer, ids):
     """The text of a request's new ids, without the end of text."""
-    return tokenizer.decode([i for i in ids if i != tokenizer.eos_id], continues=True)
+    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids], continues=True)
 
 
 def cut_at_stop(text, stops):
@@ -489,7 +523,7 @@ def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids):
     found = stop_check(tokenizer, args.stop)
     for fresh in generate_steps(
             model, ids, adapter_ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-            args.seed, tokenizer.eos_id, found and (lambda row, row_ids: found(row_ids))):
+            args.seed, tokenizer.eos_ids, found and (lambda row, row_ids: found(row_ids))):
         for row, token in fresh.items():
             new[row].append(token)
             texts[row] = new_text(tokenizer, new[row])

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_hea
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import sys
 import zipfile
@@ -23,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import (AdapterLinear, BadInput, digest_files, extra, open_output, read_json,
-                   save_tensors, write_json)
+from flora import (AdapterLinear, BadInput, check, check_weights, digest_files, existing_file,
+                   extra, is_a, open_output, read_json, save_tensors, write_json)
 
 
 @dataclass
@@ -39,7 +40,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
     bos_token_id: int = 0
-    eos_token_id: int = 0         # <|endoftext|>
+    eos_token_id: int | list = 0  # <|endoftext|>; or all the tokens that end a text
     activation_function: str = "gelu_pytorch_tanh"   # the 15B checkpoint says "gelu": the exact one
 
     # No fields: StarCoder has no choice here, other families do
@@ -338,27 +339,43 @@ class GPT(nn.Module):
         Each tensor is read into place in `dtype`, so memory peaks near one copy of the model.
         Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
         """
+        config = read_config(folder)
+        shapes = {name: (file, tensor.shape) for file, name, tensor in stored_tensors(folder)}
+        if config.n_layer > len(shapes):   # before as many layers are made
+            raise BadInput(f"{folder}/config.json: n_layer is {config.n_layer}, but the weight files "
+                           f"hold {len(shapes)} tensors")
         with torch.device("meta"):
-            model = model_from_config(read_config(folder))
+            model = model_from_config(config)
+        model.check_shapes(shapes, folder)
         model = model.to(dtype).to_empty(device=device)
-        parameters, samples = model.base_parameters(), {}
+        parameters, samples, output = model.base_parameters(), {}, None
         for file, name, tensor in stored_tensors(folder):
-            if name not in parameters and name.endswith(model.IGNORED):
-                continue
-            if name not in parameters:
+            if name in parameters:
+                parameters[name].data.copy_(tensor)
+                check_weights(name, tensor, file, parameters[name])
+                samples[name] = sample(tensor)
+            elif name.endswith("lm_head.weight"):
+                output = tensor.to(device, dtype)
+        if output is not None and not torch.equal(output, model.wte.weight):
+            raise BadInput(f"{folder}: lm_head.weight differs from the embedding, to which config.json "
+                           "ties it (tie_word_embeddings); its values would be lost")
+        model.fingerprint = fingerprint(samples)
+        return model
+
+    def check_shapes(self, shapes, folder):
+        """BadInput unless {name: (file, shape)} of a folder's tensors are this model's parameters."""
+        parameters = self.base_parameters()
+        for name, (file, shape) in shapes.items():
+            if name not in parameters and not name.endswith(self.IGNORED):
                 raise BadInput(f"{file}: unexpected tensor {name}; the model of "
                                f"{folder}/config.json has no such parameter")
-            if parameters[name].shape != tensor.shape:
-                raise BadInput(f"{file}: {name} has shape {list(tensor.shape)}, but config.json "
+            if name in parameters and parameters[name].shape != shape:
+                raise BadInput(f"{file}: {name} has shape {list(shape)}, but config.json "
                                f"needs {list(parameters[name].shape)}")
-            parameters[name].data.copy_(tensor)
-            samples[name] = sample(tensor)
-        missing = sorted(parameters.keys() - samples.keys())
+        missing = sorted(parameters.keys() - shapes.keys())
         if missing:
             raise BadInput(f"{folder}: tensor {missing[0]} is missing from the weight files"
                            + (f", and {len(missing) - 1} more" if missing[1:] else ""))
-        model.fingerprint = fingerprint(samples)
-        return model
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and model.safetensors that Hugging Face transformers opens.
@@ -378,16 +395,25 @@ class GPT(nn.Module):
         """The object of a config.json -> CONFIG; BadInput names the key that is not supported."""
         for key, supported in cls.SUPPORTED.items():
             check_supported(file, key, values.get(key, supported[0]), supported)
-        keys = {field.name: cls.KEYS.get(field.name, field.name) for field in fields(cls.CONFIG)}
+        kinds = {field.name: field.type for field in fields(cls.CONFIG)}
+        keys = {name: cls.KEYS.get(name, name) for name in kinds}
         found = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
-        if isinstance(found.get("eos_token_id"), list):
-            found["eos_token_id"] = found["eos_token_id"][0]
+        for name, value in found.items():
+            if name not in cls.SIZES and kinds[name] in (int, float, str, bool):
+                check(value, kinds[name], file, keys[name])
         found = cls.complete_config(found, values, file)
         for name in cls.SIZES:
             if type(found.get(name)) is not int or found[name] < 1:
                 raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
                                "but must be a positive whole number")
-        return cls.CONFIG(**found)
+        ends = read_ends(values, file)
+        if ends:
+            found["eos_token_id"] = ends if isinstance(values["eos_token_id"], list) else ends[0]
+        config = cls.CONFIG(**found)
+        if config.layer_norm_epsilon < 0:
+            raise BadInput(f"{file}: {keys['layer_norm_epsilon']} is {config.layer_norm_epsilon}, "
+                           "but must not be negative")
+        return config
 
     @classmethod
     def complete_config(cls, found, values, file):
@@ -402,6 +428,19 @@ class GPT(nn.Module):
         sizes = {self.KEYS.get(name, name): value for name, value in asdict(self.config).items()}
         return (dict(model_type=self.config.model_type) | defaults | sizes | self.ARCHITECTURE
                 | dict(torch_dtype=str(dtype).removeprefix("torch.")))
+
+
+def read_ends(values, file):
+    """The token ids that end a text, by the object of a config.json or generation_config.json."""
+    ends = values.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = [i for i in ends if i is not None]
+    check(ends, [int], file, "eos_token_id")
+    vocab_size = values.get("vocab_size")
+    for i in ends:
+        if i < 0 or is_a(vocab_size, int) and i >= vocab_size:
+            raise BadInput(f"{file}: eos_token_id is {i}, outside of the vocabulary of {vocab_size}")
+    return ends
 
 
 def check_supported(file, key, value, supported):
@@ -457,22 +496,18 @@ def fingerprint(samples):
 
 
 def weight_files(folder):
-    """The files that hold a folder's weights: one, or the shards of an index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        file, index = os.path.join(folder, name), os.path.join(folder, f"{name}.index.json")
+    """{file: the names of its tensors that count, None for all} of a folder: one file, or the
+    shards of an index. A tensor that lies in two shards counts where the index says."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        file, index = os.path.join(folder, stem), os.path.join(folder, f"{stem}.index.json")
         if os.path.exists(file):
-            return [file]
+            return {existing_file(file): None}
         if os.path.exists(index):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{index}: has no weight_map; download it again")
-            names = sorted(set(weight_map.values()))
-            shards = [os.path.join(folder, os.path.basename(name)) for name in names]
-            for shard in shards:
-                if not os.path.exists(shard):
-                    raise BadInput(f"{shard}: this shard, named in {index}, is missing; "
-                                   "download it again")
-            return shards
+            check(list(weight_map.values()), [str], index, "weight_map")
+            return read_shards(folder, index, weight_map)
     raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, "
                    "nor an index of shards")
 
@@ -482,27 +517,48 @@ def base_digest(folder):
     names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
              "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
     beside = [os.path.join(folder, name) for name in names]
-    return digest_files(weight_files(folder) + [file for file in beside if os.path.isfile(file)])
+    return digest_files([*weight_files(folder), *filter(os.path.isfile, beside)])
+
+
+def read_shards(folder, index, weight_map):
+    shards = {}
+    for name, shard in weight_map.items():
+        shards.setdefault(os.path.join(folder, os.path.basename(shard)), set()).add(name)
+    for shard in shards:
+        if not os.path.isfile(shard):
+            raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")
+    return {existing_file(shard): shards[shard] for shard in sorted(shards)}
 
 
 def stored_tensors(folder):
-    """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time."""
-    for file in weight_files(folder):
-        try:
-            if file.endswith(".bin"):
-                mmap = zipfile.is_zipfile(file)  # files of torch before 1.6 are not zip archives
-                tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-                yield from ((file, name, tensor) for name, tensor in tensors.items())
-            else:
-                with safe_open(file, "pt") as f:
-                    yield from ((file, name, f.get_tensor(name)) for name in f.keys())
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
-                ValueError, AttributeError) as e:
-            if isinstance(e, BadInput):
-                raise
-            reason = (str(e) or type(e).__name__).splitlines()[0]
-            raise BadInput(f"{file}: truncated or not a weight file ({reason}); "
-                           "download it again") from e
+    """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time, mapped from disk."""
+    files = weight_files(folder)
+    mapped = set().union(*(names for names in files.values() if names))
+    for file, names in files.items():
+        for name, tensor in tensors_in(file):
+            if not isinstance(tensor, torch.Tensor):
+                raise BadInput(f"{file}: {name} is not a tensor; it is not a weight file")
+            if names is None or name in names or name not in mapped:
+                yield file, name, tensor
+
+
+def tensors_in(file):
+    """Yield (name, CPU tensor) of one file of weights, .safetensors or .bin."""
+    try:
+        if file.endswith(".bin"):
+            mmap = zipfile.is_zipfile(file)  # files of torch before 1.6 are not zip archives
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            yield from tensors.items()
+        else:
+            with safe_open(file, "pt") as f:
+                yield from ((name, f.get_tensor(name)) for name in f.keys())
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError,
+            KeyError, TypeError, AttributeError) as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        if isinstance(e, pickle.UnpicklingError):   # whose message advises to unpickle anything
+            reason = "it is damaged, or holds more than tensors"
+        raise BadInput(f"{file}: truncated or not a weight file ({reason}); "
+                       "download it again") from e
 
 
 # -------------------------------------------------------------------------------------- tokenizers
@@ -511,12 +567,21 @@ FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
 EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 
 
+# What makes up a tokenizer, and what goes with it into a merged folder. generation_config.json
+# comes along because it says which tokens end a text.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
+                   "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja",
+                   "chat_template.json", "generation_config.json")
+
+
 class JsonTokenizer:
     """tokenizer.json, by `tokenizers`."""
 
     def __init__(self, file):
         from tokenizers import Tokenizer as HFTokenizer
         self.hf = HFTokenizer.from_file(file)
+        self.hf.no_truncation()   # a file may hold either, left there by a training script
+        self.hf.no_padding()
         self.vocab_size = self.hf.get_vocab_size()
         marked, plain = self.hf.encode("a").ids, self.encode("a")
         self.bos_id = None if marked[:1] == plain[:1] else marked[0]
@@ -532,33 +597,72 @@ class JsonTokenizer:
 
 
 class PieceTokenizer:
-    """tokenizer.model, by `sentencepiece`."""
+    """tokenizer.model, by `sentencepiece`, with the added_tokens.json beside it."""
 
     def __init__(self, file):
         from sentencepiece import SentencePieceProcessor
         with open(file, "rb") as f:
             proto = f.read()
-        normal = SentencePieceProcessor(model_proto=proto).normalize("a")
-        self.prefix = " " if normal.startswith("▁") else ""
-        # Llama's puts a space before a text. encode does that instead, so that a text may come in
-        # parts: a field after the protobuf's end, normalizer_spec.add_dummy_prefix = 0, overrides
+        self.whole = SentencePieceProcessor(model_proto=proto)   # Llama's puts a space before a text
+        self.prefix = " " if self.whole.normalize("a").startswith("▁") else ""
+        # One that does not, for what goes on from a text: a field after the protobuf's end,
+        # normalizer_spec.add_dummy_prefix = 0, overrides
         self.sp = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
-        self.vocab_size = self.sp.vocab_size()
         self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
+        self.added = read_added_tokens(os.path.dirname(file))         # {text: id}
+        self.texts = {i: text for text, i in self.added.items()}
+        self.vocab_size = max([self.sp.vocab_size() - 1, *self.texts]) + 1
 
     def token_id(self, token):
+        if token in self.added:
+            return self.added[token]
         i = self.sp.piece_to_id(token)
         return None if i == self.sp.unk_id() else i
 
     def encode(self, text):
-        text = self.prefix + text if text else text
+        longest_first = sorted(self.added, key=len, reverse=True)
+        split = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")   # (?!): nowhere
+        ids, start = [], 0
+        for found in split.finditer(text):
+            ids += self.encode_pieces(text[start:found.start()]) + [self.added[found.group()]]
+            start = found.end()
+        return ids + self.encode_pieces(text[start:])
+
+    def encode_pieces(self, text):
+        if not text:
+            return []
         # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
         low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        first, *rest = (self.sp.encode(part) for part in text.split("▁"))
-        return first + [i for part in rest for i in low_line + part]
+        first, *rest = text.split("▁")
+        ids = self.whole.encode(first) if first else self.sp.encode(self.prefix)
+        return ids + [i for part in rest for i in low_line + self.sp.encode(part)]
 
     def decode(self, ids):
+        """Ids without a text, of padding in the embedding, are left out."""
+        text, run = "", []
+        for i in ids:
+            if i in self.texts:
+                text, run = text + self.decode_pieces(run) + self.texts[i], []
+            elif i < self.sp.vocab_size():
+                run.append(i)
+        return text + self.decode_pieces(run)
+
+    def decode_pieces(self, ids):
         return self.sp.decode(ids).removeprefix(self.prefix)
+
+
+def read_added_tokens(folder):
+    """{text: id} of the tokens that a folder adds to its tokenizer.model's."""
+    file = os.path.join(folder, "added_tokens.json")
+    added = read_json(file) if os.path.exists(file) else {}
+    config = os.path.join(folder, "tokenizer_config.json")
+    decoder = read_json(config).get("added_tokens_decoder") if os.path.exists(config) else None
+    check(list(added.values()), [int], file, "an id")
+    for i, token in (decoder if isinstance(decoder, dict) else {}).items():
+        check(token, {"content": str}, config, "added_tokens_decoder")
+        if i.isdigit() and token.get("special") is not True:   # special ones are the model's own
+            added.setdefault(token["content"], int(i))
+    return added
 
 
 class Tokenizer:
@@ -566,51 +670,82 @@ class Tokenizer:
     Llama 2's). decode(encode(text)) == text, but for the character ▁ (U+2581) in a tokenizer.json
     of Llama 2's kind, which takes it for a space.
 
-    eos_id: what ends a text: config.json's eos_token_id (of several the first; generate.py's --stop
-    takes the others), or the first of EOS_TOKENS that it has.
+    eos_ids: what ends a text: the eos_token_id, one or several, of generation_config.json, or of
+    config.json, or the first of EOS_TOKENS that it has. eos_id: the first of them.
     bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
     fim_ids: the ids of FIM_TOKENS, or None.
     """
 
     def __init__(self, folder):
-        files = [os.path.join(folder, name) for name in ("tokenizer.json", "tokenizer.model")]
-        self.files = [file for file in files if os.path.isfile(file)]
-        if not self.files:
+        self.folder = folder
+        names = ("tokenizer.json", "tokenizer.model")
+        files = [file for file in (os.path.join(folder, name) for name in names)
+                 if os.path.exists(file)]
+        if not files:
             raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
-        file = self.files[0]
+        file = existing_file(files[0])
         try:
             self.backend = (JsonTokenizer if file.endswith(".json") else PieceTokenizer)(file)
+        except BadInput:
+            raise
         except Exception as e:  # tokenizers raises plain Exception
             raise BadInput(f"{file}: not a readable tokenizer ({e})") from e
         self.vocab_size, self.bos_id = self.backend.vocab_size, self.backend.bos_id
         self.token_id = self.backend.token_id   # (text of a token) -> its id, or None
-        config = os.path.join(folder, "config.json")
-        ends = read_json(config).get("eos_token_id") if os.path.isfile(config) else None
-        ends = ends if isinstance(ends, list) else [ends, *map(self.token_id, EOS_TOKENS)]
-        self.eos_id = next((i for i in ends if i is not None), None)
-        if self.eos_id is None:
-            raise BadInput(f"{file}: has none of {', '.join(EOS_TOKENS)}, "
-                           "and config.json no eos_token_id")
+        self.limit, self.eos_ids = self.read_configs()
+        self.eos_id = self.eos_ids[0]
         fim_ids = [self.token_id(token) for token in FIM_TOKENS]
         self.fim_ids = None if None in fim_ids else fim_ids
 
+    def read_configs(self):
+        """-> (how many token ids the folder's model has, or None; eos_ids)."""
+        ends, limit = [], None
+        for name in ("generation_config.json", "config.json"):
+            file = os.path.join(self.folder, name)
+            values = read_json(file) if os.path.exists(file) else {}
+            ends = ends or read_ends(values, file)
+            limit = values.get("vocab_size")
+        ends = ends or [i for i in map(self.token_id, EOS_TOKENS) if i is not None][:1]
+        if not ends:
+            raise BadInput(f"{self.folder}: its tokenizer has none of {', '.join(EOS_TOKENS)}, "
+                           "and config.json no eos_token_id")
+        limit = limit if is_a(limit, int) else None
+        if limit is not None and max(ends) >= limit:
+            raise BadInput(f"{self.folder}: eos_token_id is {max(ends)}, outside of the model's "
+                           f"vocabulary of {limit}")
+        return limit, ends
+
     def encode(self, text, bos=False):
-        """text -> list of ids. No special token is added, but with bos=True the bos_id, if any."""
-        start = [self.bos_id] if bos and self.bos_id is not None else []
-        return start + self.backend.encode(text)
+        """text -> list of ids. No special token is added, but with bos=True the bos_id, if any.
+        BadInput for text that is not Unicode, or has a token that the model does not have."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadInput(f"a text holds half of a surrogate pair ({ascii(text[:40])}), which is not "
+                           "Unicode; write the character in full")
+        ids = self.backend.encode(text)
+        if self.limit is not None and ids and max(ids) >= self.limit:
+            raise BadInput(f"a text has token id {max(ids)}, but the model of {self.folder} has ids 0 to "
+                           f"{self.limit - 1}; encode it with this model's tokenizer")
+        return ids if not bos or self.bos_id is None else [self.bos_id, *ids]
 
     def decode(self, ids, continues=False):
         """list of ids -> text; bytes that are not UTF-8 become U+FFFD. continues: the ids go on
         from a text (a prompt), so that a space at their start is part of the text."""
-        if continues:
-            return self.backend.decode(self.encode("x") + list(ids))[1:]
-        return self.backend.decode(list(ids))
+        if not continues:
+            return self.backend.decode(list(ids))
+        start = self.backend.encode("x")
+        return self.backend.decode(start + list(ids))[len(self.backend.decode(start)):]
 
     def save(self, folder):
-        """Copy the tokenizer's file into another model folder."""
-        for file in self.files:
-            if not os.path.exists(os.path.join(folder, os.path.basename(file))):
-                shutil.copy(file, folder)
+        """Copy the tokenizer, and which tokens end a text, into another model folder, in the place
+        of any that is there."""
+        if os.path.exists(folder) and os.path.samefile(self.folder, folder):
+            return
+        for name in TOKENIZER_FILES:
+            source, target = (os.path.join(place, name) for place in (self.folder, folder))
+            if os.path.isfile(source):
+                shutil.copy(source, target)
+            elif os.path.isfile(target):
+                os.remove(target)
 
 
 # ------------------------------------------------------------------------- what every script shares

@@ -1140,6 +1140,47 @@ def test_a_cancelled_a_failing_and_a_too_long_request_disturb_no_other(model, ex
     assert "outside 0 to 96" in nonsense.error and "stopped() raised KeyError" in failing.error
 
 
+def poison(model, adapter_id, values):
+    """An adapter that diverged (NaN) or overflows (large but finite in float16)."""
+    for p in flora.adapter_parameters(model, adapter_id).values():
+        p.data.fill_(values)
+
+
+@pytest.mark.parametrize("values,dtype", [(float("nan"), torch.float32), (6e4, torch.float16)])
+def test_a_request_that_is_not_finite_fails_alone_and_leaves_nothing_behind(
+        kind, values, dtype, family, engine_class):
+    """1,000 requests, 1 in 20 of them poisoned, in every slot and beside every other."""
+    model = served_model([(kind, 2, None), ("flora", 1, None), ("lora", 2, None)], family).to(dtype)
+    for name, p in model.named_parameters():
+        p.data = p.data.float() if ".adapters." in name else p.data
+    healthy = [(prompt, settings | dict(adapter_id=(0, 2, 3)[i % 3], temperature=0.0))
+               for i, (prompt, settings) in enumerate(served_requests(20, 3))]
+    alone = []
+    for prompt, settings in healthy:
+        engine = engine_class(model, slots=1)
+        request = engine.submit(prompt, **settings)
+        engine.run()
+        alone.append(request.ids)
+    poison(model, 1, values)
+    engine, requests = engine_class(model, slots=8), []
+    for i in range(1000):
+        prompt, settings = healthy[i % 20]
+        if i % 20 == 7:
+            settings = settings | dict(adapter_id=1)
+        requests.append(engine.submit(prompt, **settings))
+    engine.run()
+    for i, request in enumerate(requests):
+        if request.adapter_id == 1:
+            assert request.state == "failed" and "its logits are not finite" in request.error
+        else:
+            assert request.state == "done" and request.error is None and request.ids == alone[i % 20]
+
+
+@pytest.fixture
+def engine_class():
+    return Engine
+
+
 def test_a_request_ends_at_the_end_of_the_context(model):
     engine = Engine(model, slots=2)
     full, almost = engine.submit([1] * 64), engine.submit([1] * 62, adapter_id=1, max_new_tokens=9)

@@ -112,6 +112,7 @@ class HalfBank(Bank):
     """A Bank with FFBA's rows. m = (n + 1) R."""
     half: torch.Tensor | None = None    # [n + 1, R, d] of a first half, [n + 1, R, k] of a second
     block: torch.Tensor | None = None   # bool [n + 1, R], of a first half: s is the block's activation
+    spoilt: torch.Tensor | None = None  # [n + 1, 1], of a second half: NaN where an adapter is, or 0
     fused: Fused | None = None          # of a frozen bank; `half` is then a view of its weight
 
 
@@ -134,6 +135,13 @@ class Half(AdapterLinear):
         if halves:
             nothing = halves[0].rows()[:0]
             bank.half = stack_rows([a.rows() if a.kind == "ffba" else nothing for a in adapters])
+        if halves and halves[0].half == "A":
+            # All columns meet all rows in one matmul, where 0 times NaN is NaN: an adapter that
+            # diverged or overflows gives its NaN to its own tokens alone, by an addition
+            dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float16
+            finite = bank.half.to(dtype).isfinite().flatten(1).all(1)                     # [n + 1]
+            bank.spoilt = torch.where(finite, 0.0, float("nan"))[:, None]
+            bank.half = torch.where(finite[:, None, None], bank.half, 0.0)
         if any(a.half == "B" and a.activation == "block" for a in halves):
             block = torch.tensor([a.activation == "block" for a in adapters], device=self.weight.device)
             bank.block = block[:, None].repeat(1, bank.half.shape[1])
@@ -184,7 +192,9 @@ class SecondHalf(Half):
         columns, self.pair.columns = self.pair.columns, None
         if rows.bank.half is None:
             return super().scaled(x, rows, path)
-        if rows.bank.fused is None:
-            return super().scaled(x, rows, path) + columns @ rows.bank.half.flatten(0, 1).to(x.dtype)
         fused = rows.bank.fused
-        return self.form.times(torch.cat([x, columns], dim=-1), fused.weight, fused.bias)
+        if fused is None:
+            y = super().scaled(x, rows, path) + columns @ rows.bank.half.flatten(0, 1).to(x.dtype)
+        else:
+            y = self.form.times(torch.cat([x, columns], dim=-1), fused.weight, fused.bias)
+        return y + rows["spoilt"].to(y.dtype)

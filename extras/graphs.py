@@ -36,6 +36,7 @@ class GraphEngine(Engine):
     def decode(self):
         n, length = len(self.running), self.offset + self.steps
         length = min(self.length, -(-length // BLOCK) * BLOCK)
+        self.written = max(self.written, length)   # slots without a request write as well
         run = self.replay if self.device.type == "cuda" else self.run_all_slots
         self.logits = run(length)[:n]
         self.table["position"][:n] += 1

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from flora import AdapterLinear, BadInput
+from flora import AdapterLinear, BadInput, check, is_a
 from model import GPT, Attention, GPTConfig, activation, cached_attention, check_supported
 
 
@@ -26,7 +26,7 @@ class LlamaConfig(GPTConfig):
     vocab_size: int = 32000
     n_positions: int = 4096
     bos_token_id: int = 1
-    eos_token_id: int = 2
+    eos_token_id: int | list = 2
     activation_function: str = "silu"
     n_kv_head: int = 1                   # key/value heads, each shared by n_head / n_kv_head query heads
     head_dim: int | None = None          # None is n_embd / n_head
@@ -38,6 +38,8 @@ class LlamaConfig(GPTConfig):
     def __post_init__(self):
         if self.head_dim is None:
             super().__post_init__()
+        if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
+            raise BadInput(f"head_dim is {self.head_dim!r}, but must be an even whole number above 0")
         if self.n_head % self.n_kv_head:
             raise BadInput(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
 
@@ -138,7 +140,7 @@ class Llama(GPT):
                 activation_function="hidden_act", n_kv_head="num_key_value_heads")
     SUPPORTED = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
                  "tie_word_embeddings": [False, True]}
-    SIZES = (*GPT.SIZES, "n_kv_head", "head_dim")
+    SIZES = (*GPT.SIZES, "n_kv_head")
     IGNORED = (*GPT.IGNORED, "rotary_emb.inv_freq")   # RoPE's frequencies, which old files hold
 
     def build(self, config):
@@ -178,20 +180,21 @@ class Llama(GPT):
 
     @classmethod
     def complete_config(cls, found, values, file):
-        n_head = found.get("n_head")
-        found = dict(layer_norm_epsilon=1e-6, n_kv_head=n_head, tie_word_embeddings=False) | found
-        if "head_dim" not in found and all(isinstance(found.get(n), int) for n in ("n_embd", "n_head")):
-            found["head_dim"] = None   # for LlamaConfig to work out, and to refuse
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}   # transformers 5's, and before
+        found = dict(layer_norm_epsilon=1e-6, n_kv_head=found.get("n_head"),
+                     tie_word_embeddings=False) | found
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}   # transformers 5's, or before
+        check(rope, {}, file, "rope_scaling")
         kind = rope.get("rope_type", rope.get("type", "default"))
         check_supported(file, "rope_type", kind, list(ROPE_TYPES))
         for key in ROPE_TYPES[kind]:
-            if not isinstance(rope.get(key), (int, float)):
-                raise BadInput(f"{file}: rope_type {kind} needs a number {key}, not {rope.get(key)!r}")
+            if not is_a(rope.get(key), float) or rope[key] <= 0:
+                raise BadInput(f"{file}: rope_type {kind} needs a number {key} above 0, not {rope.get(key)!r}")
         theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-        if not isinstance(theta, (int, float)):
-            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number")
+        if not is_a(theta, float) or theta <= 0:
+            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number above 0")
         scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
+        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise BadInput(f"{file}: high_freq_factor is not above low_freq_factor")
         return found | dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
 
 

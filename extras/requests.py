@@ -127,7 +127,7 @@ def submit(engine, r, adapter_id, tokenizer, cut):
         room = engine.model.config.n_positions - r["max_new_tokens"]
         ids = generate.truncate(ids, room, tokenizer.bos_id)
     settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    return engine.submit(ids, adapter_id=adapter_id, eos_id=tokenizer.eos_id,
+    return engine.submit(ids, adapter_id=adapter_id, eos_id=tokenizer.eos_ids,
                          stopped=generate.stop_check(tokenizer, r["stop"]), **settings)
 
 

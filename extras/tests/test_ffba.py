@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
 from extras import hot_swap
+from extras.graphs import GraphEngine
 from extras.tests.conftest import EXTRA_KINDS
 from flora import BASE, BadInput
 from generate import Engine
@@ -15,6 +16,7 @@ from model import GPT
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     CONFIG, DEVICES, MIXED, plain, random_adapter, random_model,
     test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone,
+    test_a_request_that_is_not_finite_fails_alone_and_leaves_nothing_behind,
     test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit,
     test_saved_adapters_load_equal_and_carry_their_metadata, tiny_model)
 
@@ -22,6 +24,11 @@ from test_flora import (  # noqa: F401, run again here with the fixtures below
 @pytest.fixture
 def kind():
     return "ffba"
+
+
+@pytest.fixture(params=[Engine, GraphEngine])
+def engine_class(request):
+    return request.param
 
 
 @pytest.fixture

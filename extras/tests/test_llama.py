@@ -92,8 +92,8 @@ def test_llama_folders_that_do_not_fit_are_refused_naming_the_key(tmp_path):
             (dict(num_key_value_heads=3), "n_head 4 is not a multiple of n_kv_head 3"),
             (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type is 'dynamic', but only 'default' or"),
             (dict(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn', but only"),
-            (dict(rope_scaling={"type": "linear"}), "rope_type linear needs a number factor, not None"),
-            (dict(rope_scaling=scaling | {"low_freq_factor": "1"}), "llama3 needs a number low_freq_factor, not '1'"),
+            (dict(rope_scaling={"type": "linear"}), "rope_type linear needs a number factor above 0, not None"),
+            (dict(rope_scaling=scaling | {"low_freq_factor": "1"}), "llama3 needs a number low_freq_factor above 0, not '1'"),
             (dict(rope_theta="10000"), "rope_theta is '10000', but must be a number")]:
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(BadInput, match=sentence):
