@@ -27,6 +27,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 import flora
-from flora import BadInput, extra, write_json
+from flora import JSON, PNG, BadInput, check_writable, extra, write_each, write_json
 from generate import new_engine
 from model import (GPT, PRESETS, Tokenizer, add_common_flags, get_device, model_from_config,
                    preset, run_main, save_figure)
@@ -378,6 +379,7 @@ class Bench:
     def __post_init__(self):
         weight = self.model.wte.weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.panels = {mode: PANELS[mode] for mode in PANELS if mode in self.args.mode}
 
     def install(self, variant):
         """Make the model compute as a row at a rank does; -> the number of adapters."""
@@ -522,13 +524,12 @@ PANELS = {   # of the figure: {mode: (key of a row, title)}
 }
 
 
-def draw(bench, panels=PANELS):
+def draw(bench):
     """The paper's Figure 2: throughput and latency across ranks, with Eq. 7's inflection rank."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    result, file = bench.result, bench.args.png
-    file = file or os.path.join("figures", f"fig2_{bench.device.type}.png")
+    result, panels = bench.result, bench.panels
     rows = {mode: [row for row in result["rows"] if row["mode"] == mode] for mode in panels}
     panels = {mode: panel for mode, panel in panels.items() if rows[mode]}
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.4), squeeze=False)
@@ -542,8 +543,8 @@ def draw(bench, panels=PANELS):
     where = result["machine"]["gpu"] or result["machine"]["cpu"]
     figure.suptitle(f"{result['model']['name']}, {result['dtype']}, {where}, "
                     f"{result['workload']['slots']} slots", fontsize=9)
-    save_figure(figure, file)
-    print(f"wrote {file}")
+    save_figure(figure, bench.args.png)
+    print(f"wrote {bench.args.png}")
 
 
 def draw_lines(axis, rows, metric):
@@ -702,11 +703,31 @@ def prepare(args):
     return Bench(args, model, workload, rows, variants, sets, result)
 
 
+def find_outputs(args):
+    """Fill in --json and --png, and see that both can be written."""
+    device = get_device(args.device).type
+    args.json = args.json or os.path.join("out", f"bench_{device}.json")
+    args.png = args.png or os.path.join("figures", f"fig2_{device}.png")
+    check_writable(args.json, "--json", JSON, make_folder=True)
+    if args.mode != ["token"]:
+        check_writable(args.png, "--png", PNG, make_folder=True)
+
+
+def write(bench):
+    """Write the results and the figure."""
+    def results():
+        write_json(bench.args.json, finite(bench.result))
+        print(f"\nwrote {bench.args.json}")
+
+    write_each(results, *([partial(draw, bench)] if bench.panels else []))
+
+
 def main():
     args = parse_args()
     if args.plot:
         png = args.png or os.path.join("figures", "fig3.png")
         return extra("bench_more", "--plot").draw_together(args.plot, png)
+    find_outputs(args)
     more = [extra("bench_more", f"--mode {mode}").MODES[mode]
             for mode in ("layer", "token") if mode in args.mode]
     bench = prepare(args)
@@ -722,12 +743,7 @@ def main():
         print_table(served)
     bench.result |= predict(bench, bandwidth, flops)
     print_summary(bench.result)
-    file = args.json or os.path.join("out", f"bench_{bench.device.type}.json")
-    os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
-    write_json(file, finite(bench.result))
-    print(f"\nwrote {file}")
-    if PANELS.keys() & args.mode:
-        draw(bench)
+    write(bench)
 
 
 def finite(value):

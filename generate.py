@@ -9,6 +9,7 @@ Text goes to standard output as it comes (with several prompts line by line, eac
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
 import argparse
+import reprlib
 import sys
 import time
 from collections import deque
@@ -54,6 +55,18 @@ def as_list(ids):
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def bad_setting(max_new_tokens, temperature, top_k, top_p, seed):
+    """Why no text can be generated with these settings, in one sentence, or None."""
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
+        return (f"temperature {reprlib.repr(temperature)}, top_k {reprlib.repr(top_k)}, top_p {top_p}: "
+                "the first two must be at least 0, top_p in (0, 1]")
+    for name, value, least, most in [("temperature", temperature, 0, 1e9), ("top_k", top_k, 0, 2**31),
+                                     ("max_new_tokens", max_new_tokens, 1, 2**31),
+                                     ("seed", seed, 0, 2**62)]:
+        if not least <= value <= most:
+            return f"{name} is {reprlib.repr(value)}; it must be from {least} to {most:.4g}"
 
 
 @dataclass(eq=False)
@@ -122,7 +135,7 @@ class Engine:
             position=zeros(dtype=torch.int64),     # of the next one
             adapter_id=zeros(dtype=torch.int64),
             temperature=zeros(), top_k=zeros(dtype=torch.int64), top_p=zeros() + 1,
-            u=torch.zeros(slots, self.length, device=device),   # uniform in [0, 1), by position
+            u=torch.zeros(slots, self.length + 1, device=device),   # uniform in [0, 1), by position
         )
         model.pack()
 
@@ -147,12 +160,11 @@ class Engine:
         """
         request = Request(list(prompt) or as_list(self.model.config.eos_token_id)[:1], **settings)
         request.arrived, request.ends = time.perf_counter(), as_list(request.eos_id)
-        request.limit = min(request.max_new_tokens, self.length - len(request.prompt))
+        room = max(1, self.length - len(request.prompt))   # one token follows a full context too
+        request.limit = min(request.max_new_tokens, room)
         request.error = self.refusal(request)
         if request.error:
             self.end(request, "failed")
-        elif request.limit <= 0:
-            self.end(request, "done")
         else:
             self.waiting.append(request)
         return request
@@ -203,9 +215,7 @@ class Engine:
         layers = [layer for _, layer in flora.adapter_layers(self.model)]
         if r.adapter_id != BASE and not any(str(r.adapter_id) in x.adapters for x in layers):
             return f"the model has no adapter {r.adapter_id}; load it first"
-        if not (r.temperature >= 0 and r.top_k >= 0 and 0 < r.top_p <= 1):
-            return (f"temperature {r.temperature}, top_k {r.top_k}, top_p {r.top_p}: "
-                    "the first two must be at least 0, top_p in (0, 1]")
+        return bad_setting(r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.seed)
 
     def admit(self):
         """Take waiting requests into free slots, within the budget, and prefill them."""
@@ -233,7 +243,7 @@ class Engine:
         n, m = len(self.running), len(requests)
         longest = max(len(r.prompt) for r in requests)
         ids = torch.zeros(m, longest, dtype=torch.int64)   # padded on the right
-        u = torch.zeros(m, self.length)
+        u = torch.zeros(m, self.length + 1)
         for i, r in enumerate(requests):
             T, generator = len(r.prompt), torch.Generator().manual_seed(r.seed)
             ids[i, :T] = torch.tensor(r.prompt)
@@ -587,8 +597,7 @@ def check_args(parser, args):
 def main():
     args = parse_args()
     if args.requests:
-        serve = flora.extra("requests", "--requests").serve
-        return serve(args, *load_model(args))
+        return flora.extra("requests", "--requests").serve(args)
     prompts, names = read_prompts(args)
     model, tokenizer = load_model(args)
     loaded = load_adapters(model, names)

@@ -24,8 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import (AdapterLinear, BadInput, check, check_weights, digest_files, existing_file,
-                   extra, is_a, open_output, read_json, save_tensors, write_json)
+from flora import (AdapterLinear, BadInput, check, check_weights, digest_files, existing_file, extra,
+                   is_a, open_output, read_json, save_tensors, write_json)
 
 
 @dataclass
@@ -512,14 +512,6 @@ def weight_files(folder):
                    "nor an index of shards")
 
 
-def base_digest(folder):
-    """The digest of all that makes up a base model: its weights, config and tokenizer."""
-    names = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model",
-             "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
-    beside = [os.path.join(folder, name) for name in names]
-    return digest_files([*weight_files(folder), *filter(os.path.isfile, beside)])
-
-
 def read_shards(folder, index, weight_map):
     shards = {}
     for name, shard in weight_map.items():
@@ -528,6 +520,12 @@ def read_shards(folder, index, weight_map):
         if not os.path.isfile(shard):
             raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")
     return {existing_file(shard): shards[shard] for shard in sorted(shards)}
+
+
+def base_digest(folder):
+    """The digest of all that makes up a base model: its weights, config and tokenizer."""
+    beside = [os.path.join(folder, name) for name in ("config.json", *TOKENIZER_FILES)]
+    return digest_files([*weight_files(folder), *filter(os.path.isfile, beside)])
 
 
 def stored_tensors(folder):

@@ -1185,7 +1185,27 @@ def test_a_request_ends_at_the_end_of_the_context(model):
     engine = Engine(model, slots=2)
     full, almost = engine.submit([1] * 64), engine.submit([1] * 62, adapter_id=1, max_new_tokens=9)
     engine.run()
-    assert (full.state, full.ids, almost.state, len(almost.ids)) == ("done", [], "done", 2)
+    assert (full.state, almost.state, len(almost.ids)) == ("done", "done", 2)
+    assert full.ids == [model(torch.ones(1, 64, dtype=torch.int64))[0, -1].argmax().item()]
+    sampled = engine.submit([1] * 64, temperature=1.0)
+    engine.run()
+    assert sampled.state == "done" and len(sampled.ids) == 1
+
+
+def test_a_setting_out_of_range_fails_alone(model):
+    engine, bad = Engine(model, slots=2), []
+    before = engine.submit([1, 2])
+    for setting, value in [
+            ("max_new_tokens", 0), ("seed", 10**20), ("seed", -1), ("top_k", 10**20), ("top_k", -1),
+            ("temperature", 10**400), ("temperature", float("nan")), ("temperature", float("inf")),
+            ("top_p", 0.0), ("top_p", float("nan"))]:
+        bad.append((setting, engine.submit([1, 2], **{setting: value})))
+    after = engine.submit([3], temperature=1.0)
+    engine.run()
+    for setting, request in bad:
+        assert request.state == "failed" and setting in request.error and request.ids == []
+        assert len(request.error) < 200
+    assert before.state == after.state == "done" and len(after.ids) == 63
 
 
 def test_generate_equals_the_plain_loop(model, expected):

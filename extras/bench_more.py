@@ -24,10 +24,10 @@ import torch
 from tqdm import tqdm
 
 import flora
-from bench import (PANELS, Row, benched_layer, check_agreement, default, draw, example, in_turns,
+from bench import (Row, benched_layer, check_agreement, default, example, in_turns,
                    install, make_adapter_sets, measured_inflection, print_table, seconds, serve,
                    tell_rank, throughput_of)
-from flora import BadInput, read_json
+from flora import PNG, BadInput, check_writable, read_json
 from generate import new_engine
 from model import save_figure
 
@@ -89,9 +89,8 @@ def bench_layer(bench):
         cost = materialise_cost(bench.model, bench.sets["flora", rank])
         bench.result["materialise_cost"] = cost
         print(f"making W0 ∘ ΔW costs {cost:.0f} rows of the plain matmul (flora.MATERIALISE_COST)")
-    if not PANELS.keys() & args.mode:   # otherwise the figure is of these
-        panels = {"layer": ("tokens_per_second", "Rows/s of one projection")}
-        draw(replace(bench, result=bench.result | dict(rows=results)), panels)
+    if not bench.panels:   # otherwise the figure is of these
+        bench.panels = {"layer": ("tokens_per_second", "Rows/s of one projection")}
     return results
 
 
@@ -282,6 +281,7 @@ def tell_inflection(result):
 def draw_together(files, png):
     """The paper's Figure 3 left: throughput across ranks of several models, results that bench.py
     wrote; beside it FLoRA's share of the paper's bmm-LoRA, which is 1 at the inflection rank."""
+    check_writable(png, "--png", PNG, make_folder=True)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -2,13 +2,14 @@
 
   python train.py --plot out/flora-r1/log.json out/lora-r1/log.json --out figures/heldout.png
 """
-from flora import BadInput, read_json
+from flora import PNG, BadInput, check_writable, read_json
 from model import save_figure
 from train import UNRANKED
 
 
 def plot(json_files, png):
     """One line for each --json report of train.py; BadInput for another JSON file."""
+    check_writable(png, "--out", PNG, make_folder=True)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
