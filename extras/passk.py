@@ -17,7 +17,6 @@ what is contained and what is not. The first line on standard error says which h
 next ones which interpreters and compilers run the programs.
 """
 import argparse
-import contextlib
 import gzip
 import json
 import math
@@ -35,7 +34,8 @@ from tqdm import tqdm
 from extras import sandbox
 from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests,
                               interpreter_of, run_program, why_broken)
-from extras.requests import read_jsonl, read_results, rewrite_results
+from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results,
+                             rewrite_results)
 from flora import (JSON, BadInput, adapter_digest, check_writable, difference, digest, locked,
                    write_json)
 from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
@@ -366,7 +366,7 @@ def run(args):
     ks = choose_ks(args.k, todo)
     check_languages(problems)
     check_writable(args.json, "--json", JSON, make_folder=True)
-    check_writable(args.results, "--results", JSON, make_folder=True)
+    check_writable(args.results, "--results", make_folder=True)
     identity = identity_of(args)
     with locked(args.results, "--results"):
         results = evaluate(args, identity, problems, given, todo)
@@ -444,8 +444,7 @@ def resume(file, identity, problems, given, todo):
     for k, r in results.items():
         what = changed(r, identity, own.get(k[:2], {}), texts.get(k))
         if what:
-            raise BadInput(f"--results {file}: was made {what}; move the file away, or choose "
-                           "another --results")
+            raise BadInput(f"--results {file}: was made {what}; {OTHER_FILE}")
     rewrite_results(file, results)
     asked = {key(problem, number) for problem, number in todo}
     return {k: result for k, result in results.items() if k in asked}
@@ -485,29 +484,15 @@ def complete(args, completions, problems, identity, results, total):
     start, tokens = time.time(), 0
     passed = count_passed(results)
     bar = tqdm(total=total, initial=len(results), unit="program")
-    with appending(args.results) as append, bar:
+    with appending(args.results) as add, bar:
         for r in execute(completions, args.workers, args.timeout, args.compile_timeout):
-            append(r | own[r["file"], r["name"]] | identity)
+            add(r | own[r["file"], r["name"]] | identity)
             results[r["file"], r["name"], r["sample"]] = r
             tokens += r["tokens"]
             passed += r["outcome"] == "passed"
             speed = tokens / (time.time() - start)
             bar.set_postfix_str(f"{speed:.0f} tokens/s, {passed} passed", refresh=False)
             bar.update()
-
-
-@contextlib.contextmanager
-def appending(file):
-    """A function that adds a line to --results; BadInput where that cannot be done."""
-    try:
-        with open(file, "a", encoding="utf-8") as f:
-            def append(result):
-                f.write(json.dumps(result) + "\n")
-                f.flush()
-
-            yield append
-    except OSError as e:
-        raise BadInput(f"--results {file}: cannot be written ({e.strerror})") from None
 
 
 def count_passed(results):
