@@ -19,7 +19,7 @@ from functools import partial
 import torch
 
 import flora
-from flora import BASE, BadInput
+from flora import BASE, JSON, BadInput, check_writable
 from model import GPT, Tokenizer, add_common_flags, get_device, run_main, write_json
 
 
@@ -375,34 +375,43 @@ def new_engine(model, slots=8, compile=False, **settings):
 
 
 def generate_steps(model, prompts, adapter_ids=None, max_new_tokens=64, temperature=0.0, top_k=0,
-                   top_p=1.0, seed=0, eos_id=None, stopped=None):
+                   top_p=1.0, seed=0, eos_id=None, stopped=None, failed=None):
     """Generate from prompts, lists of ids of any lengths, as one batch; yield each step's tokens.
 
     adapter_ids: one per prompt, 0 (flora.BASE) for the base model; None is the base for all.
     A row ends at max_new_tokens, at the end of the context, after eos_id (which it includes), or
     when stopped(row, its new ids) says so. Yields {row: id}, without the rows that have ended.
-    Raises BadInput for a prompt longer than the context.
+    Raises BadInput for a prompt longer than the context, and at the end for a row that failed; or,
+    with a dict `failed`, notes {row: why} there, and leaves out the rows that stand in it already.
     """
+    refused = {} if failed is None else failed
     length = max(map(len, prompts)) + max_new_tokens
     engine = new_engine(model, len(prompts), length=length, sync_every=1)
     if adapter_ids is None:
         adapter_ids = [BASE] * len(prompts)
     rows = {}
     for row, (prompt, adapter_id) in enumerate(zip(prompts, adapter_ids)):
+        if row in refused:
+            continue
         request = engine.submit(
             prompt, adapter_id=adapter_id, max_new_tokens=max_new_tokens, temperature=temperature,
             top_k=top_k, top_p=top_p, seed=seed + row, eos_id=eos_id,
             stopped=stopped and partial(stopped, row))
-        if request.error:
+        if request.error and failed is None:
             raise BadInput(request.error)
         rows[request] = row
     while engine.busy:
         fresh = {rows[request]: ids[0] for request, ids in engine.step() if ids}
         if fresh:
             yield fresh
-    for request, row in rows.items():
-        if request.error:
-            raise BadInput(f"prompt {row + 1}: {request.error}")
+    refused |= {row: request.error for request, row in rows.items() if request.error}
+    if refused and failed is None:
+        raise BadInput(tell(refused))
+
+
+def tell(failed):
+    """{row: why} -> one sentence."""
+    return "; ".join(f"prompt {row + 1}: {failed[row]}" for row in sorted(failed))
 
 
 def generate(model, prompts, adapter_ids=None, **settings):
@@ -509,31 +518,37 @@ def read_prompts(args):
     return prompts, one_each(names, len(prompts), "--adapter")
 
 
-def encode_prompts(args, tokenizer, prompts, n_positions):
-    """The ids of each prompt, around a gap where there is a --suffix, cut where --truncate says."""
-    ids = [tokenizer.encode(prompt, bos=True) for prompt in prompts]
-    if args.suffix:
-        if tokenizer.fim_ids is None:
-            raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle "
-                           "tokens; StarCoder's has")
-        before, between, after = ([i] for i in tokenizer.fim_ids)
-        suffixes = one_each(args.suffix, len(prompts), "--suffix")
-        ids = [before + row + between + tokenizer.encode(suffix) + after
-               for row, suffix in zip(ids, suffixes)]
-    if args.truncate:
-        room = n_positions - args.max_new_tokens
-        ids = [truncate(row, room, tokenizer.bos_id) for row in ids]
-    return ids
+def encode_prompts(args, tokenizer, prompts, n_positions, failed):
+    """The ids of each prompt, around a gap where there is a --suffix, cut where --truncate says.
+    A prompt that cannot be encoded has none, and its reason stands in {row: why} `failed`."""
+    if args.suffix and tokenizer.fim_ids is None:
+        raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle "
+                       "tokens; StarCoder's has")
+    suffixes = one_each(args.suffix, len(prompts), "--suffix") if args.suffix else prompts
+    encoded = []
+    for row, (prompt, suffix) in enumerate(zip(prompts, suffixes)):
+        try:
+            ids = tokenizer.encode(prompt, bos=True)
+            if args.suffix:
+                before, between, after = ([i] for i in tokenizer.fim_ids)
+                ids = before + ids + between + tokenizer.encode(suffix) + after
+        except BadInput as e:
+            failed[row], ids = str(e), []
+        if args.truncate:
+            ids = truncate(ids, n_positions - args.max_new_tokens, tokenizer.bos_id)
+        encoded.append(ids)
+    return encoded
 
 
-def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids):
-    """Print the texts as they come -> the new ids and the new text of each prompt."""
+def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed):
+    """Print the texts as they come -> the new ids and the new text of each prompt. What fails is
+    noted in {row: why} `failed`, and a prompt that stands there is left out."""
     new, texts, printer = [[] for _ in prompts], [""] * len(prompts), Printer(prompts)
     held_back = max(map(len, args.stop), default=1) - 1   # characters that may begin a stop
     found = stop_check(tokenizer, args.stop)
     for fresh in generate_steps(
             model, ids, adapter_ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-            args.seed, tokenizer.eos_ids, found and (lambda row, row_ids: found(row_ids))):
+            args.seed, tokenizer.eos_ids, found and (lambda row, row_ids: found(row_ids)), failed):
         for row, token in fresh.items():
             new[row].append(token)
             texts[row] = new_text(tokenizer, new[row])
@@ -541,7 +556,8 @@ def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids):
             printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
     for row, text in enumerate(texts):
         texts[row] = cut_at_stop(text, args.stop)
-        printer.show(row, texts[row], end=True)
+        if row not in failed or new[row]:
+            printer.show(row, texts[row], end=True)
     return new, texts
 
 
@@ -590,28 +606,40 @@ def check_args(parser, args):
                      "--prompt-file or --suffix, and at most one --adapter, the default")
     if args.slots is not None and args.slots < 1 or args.max_batched_tokens < 1:
         parser.error("--slots and --max-batched-tokens must be whole numbers of at least 1")
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1:
+    if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
         parser.error("--temperature and --top-k must be at least 0, --top-p in (0, 1]")
+    bad = bad_setting(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    if bad:
+        parser.error(f"--{bad}")
+    if "" in args.stop:
+        parser.error("--stop is empty, so that nothing would be left; give a text or leave it out")
 
 
 def main():
     args = parse_args()
     if args.requests:
         return flora.extra("requests", "--requests").serve(args)
+    check_writable(args.json, "--json", JSON)
     prompts, names = read_prompts(args)
     model, tokenizer = load_model(args)
     loaded = load_adapters(model, names)
     adapter_ids = [loaded[name] for name in names]
-    ids = encode_prompts(args, tokenizer, prompts, model.config.n_positions)
+    failed = {}
+    ids = encode_prompts(args, tokenizer, prompts, model.config.n_positions, failed)
+    if len(failed) == len(prompts):
+        raise BadInput(tell(failed))
 
     start = time.time()
-    new, texts = generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids)
+    new, texts = generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed)
     seconds, count = time.time() - start, sum(map(len, new))
     print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, "
           f"batch {len(prompts)}, {args.dtype} on {args.device}", file=sys.stderr)
     if args.json:
-        write_json(args.json, [dict(prompt=p, adapter=a, tokens=n, text=t)
-                               for p, a, n, t in zip(prompts, names, new, texts)])
+        rows = enumerate(zip(prompts, names, new, texts))
+        write_json(args.json, [dict(prompt=p, adapter=a, tokens=n, text=t, error=failed.get(row))
+                               for row, (p, a, n, t) in rows])
+    if failed:
+        raise BadInput(tell(failed))
 
 
 if __name__ == "__main__":
