@@ -89,7 +89,7 @@ LANGUAGES = {  # by MultiPL-E's names
                     smallest="#lang racket\n(require rackunit)\n(check-equal? 1 1)"),
     "jl": Language(("julia", "--startup-file=no", "--history-file=no"), "program.jl",
                    'Base.write("/dev/fd/SIGN", "TOKEN")', address_space=False,
-                   broken=(r'(?<![\\"])""""(?!")', "a docstring that ends in four quotes")),
+                   broken=(r'(?m)(?<![\\"])""""$', "a docstring that ends in four quotes")),
     "swift": Language(("swiftc", "-o", "program"), "program.swift", SWIFT_SIGN,
                       compiled="./program", address_space=False),
 }
