@@ -38,8 +38,8 @@ from tqdm import tqdm
 import flora
 from flora import JSON, PNG, BadInput, check_writable, extra, write_each, write_json
 from generate import new_engine
-from model import (GPT, PRESETS, Tokenizer, add_common_flags, get_device, model_from_config,
-                   preset, run_main, save_figure)
+from model import (GPT, PRESETS, Tokenizer, add_common_flags, check_numbers, get_device,
+                   model_from_config, preset, run_main, save_figure)
 
 BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
@@ -614,14 +614,9 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    for flag in ("ranks", "num_requests", "num_adapters", "slots", "max_batched_tokens",
-                 "layer_tokens", "token_length", "repeats"):
-        value = getattr(args, flag)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
-            flag = flag.replace("_", "-")
-            raise BadInput(f"--{flag} is {value}; use whole numbers of at least 1")
-    if min(args.request_rate or [1]) <= 0 or (args.scale is not None and args.scale <= 0):
-        raise BadInput("--request-rate and --scale must be above 0")
+    counts = ["ranks", "num_requests", "num_adapters", "slots", "max_batched_tokens",
+              "layer_tokens", "token_length", "repeats"]
+    check_numbers(args, counts, at_least_0=["seed"], above_0=["request_rate", "scale"])
     if bool(args.model) != args.random_weights:
         raise BadInput("--model needs --random-weights and the other way round; for a checkpoint "
                        "use --weights FOLDER")

@@ -751,6 +751,9 @@ class Tokenizer:
 EMBEDDED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "base")
 
 
+LARGEST = 2**31 - 1   # value of any flag
+
+
 def add_common_flags(parser, dtypes):
     """The flags that mean the same in every script."""
     cuda = torch.cuda.is_available()
@@ -758,11 +761,27 @@ def add_common_flags(parser, dtypes):
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
-                        help="default: bfloat16 on cuda, else float32")
+                        help="default: bfloat16 on cuda, otherwise float32")
     parser.add_argument("--quantize", choices=["int8"],
                         help="hold the base's projections as int8, a scale per output")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
+
+
+def check_numbers(args, at_least_1=(), at_least_0=(), above_0=()):
+    """BadInput unless the flags of these names are in range. None is not given; of several values
+    each counts."""
+    ranges = ((at_least_1, "at least 1", lambda v: v >= 1), (at_least_0, "at least 0", lambda v: v >= 0),
+              (above_0, "above 0", lambda v: v > 0))
+    for flags, words, fits in ranges:
+        for flag in flags:
+            value = getattr(args, flag)
+            for v in value if isinstance(value, list) else [value]:
+                if v is not None and not (fits(v) and v <= LARGEST):
+                    words = words if not v > LARGEST else f"at most {LARGEST}"
+                    number = "whole number" if isinstance(v, int) else "number"
+                    raise BadInput(f"--{flag.replace('_', '-')} is {v}; use a {number} "
+                                   + (f"of {words}" if words != "above 0" else words))
 
 
 def get_device(name):

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput, write_json
-from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, get_device, model_class, read_config,
-                   run_main)
+from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, check_numbers, get_device,
+                   model_class, read_config, run_main)
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 # torchrun's: this process's number and how many there are; without torchrun there is one.
@@ -617,11 +617,11 @@ def add_loop_flags(add):
 
 def check_args(args, error):
     """Refuse flags that do not go together, by error(sentence)."""
-    for flag in ("rank", "steps", "batch_size", "grad_accum", "block_size", "eval_tokens"):
-        least = 0 if flag == "steps" and args.from_lora else 1
-        if getattr(args, flag) < least:
-            error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; "
-                  f"use a whole number of at least {least}")
+    counts = ["rank", "batch_size", "grad_accum", "block_size", "eval_tokens", "eval_every",
+              "n_layer", "n_head", "n_embd", "vocab_size"]
+    may_be_0 = ["warmup", "seed"]
+    (may_be_0 if args.from_lora else counts).append("steps")   # 0 is the fit alone
+    check_numbers(args, at_least_1=counts, at_least_0=may_be_0, above_0=["lr", "clip", "alpha"])
     if args.adapter != "none":
         flora.adapter_class(args.adapter)
     if args.quantize and args.adapter == "none":

@@ -2,9 +2,12 @@
 
   python train.py --plot out/flora-r1/log.json out/lora-r1/log.json --out figures/heldout.png
 """
-from flora import PNG, BadInput, check_writable, read_json
+from flora import PNG, check, check_writable, read_json
 from model import save_figure
 from train import UNRANKED
+
+REPORT = {"adapter": str, "rank": float, "trainable_parameters": int,   # what is read of a run's
+          "log": [{"step": int, "heldout_loss": float}]}
 
 
 def plot(json_files, png):
@@ -16,12 +19,11 @@ def plot(json_files, png):
     figure, axes = plt.subplots(figsize=(6, 4))
     for file in json_files:
         run = read_json(file)
-        if "log" not in run:
-            raise BadInput(f"--plot {file}: not a --json report of train.py")
+        check(run, REPORT, f"--plot {file}: not a --json report of train.py")
         rank = "" if run["adapter"] in UNRANKED else f" rank {run['rank']}"
         label = f"{run['adapter']}{rank}, {run['trainable_parameters']:,} parameters"
-        steps, losses = zip(*((point["step"], point["heldout_loss"]) for point in run["log"]))
-        axes.plot(steps, losses, "o-", ms=3, label=label)
+        steps = [point["step"] for point in run["log"]]
+        axes.plot(steps, [point["heldout_loss"] for point in run["log"]], "o-", ms=3, label=label)
     axes.set(xlabel="steps", ylabel="held-out loss (nats per token)")
     axes.legend()
     save_figure(figure, png, dpi=150)

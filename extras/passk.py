@@ -544,7 +544,7 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=int, default=512)
     add("--temperature", type=float, default=0.1, help="(default: 0.1, the paper's)")
     add("--top-p", type=float, default=0.95)
-    add("--slots", type=int, help="samples generated at once (default: 8 on a CPU, else 64)")
+    add("--slots", type=int, help="samples generated at once (default: 8 on a CPU, otherwise 64)")
     add("--workers", type=int, help="programs run at once (default: one per core)")
     add("--timeout", type=float, default=15.0, help="seconds for a program (default: 15)")
     add("--compile-timeout", type=float, default=60.0,

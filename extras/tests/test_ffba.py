@@ -14,7 +14,8 @@ from flora import BASE, BadInput
 from generate import Engine
 from model import GPT
 from test_flora import (  # noqa: F401, run again here with the fixtures below
-    CONFIG, DEVICES, MIXED, plain, random_adapter, random_model,
+    CONFIG, DEVICES, MIXED, check_prompts_in_one_batch, plain, random_adapter, random_model,
+    save_embedded_adapters,
     test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone,
     test_a_request_that_is_not_finite_fails_alone_and_leaves_nothing_behind,
     test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit,
@@ -198,3 +199,9 @@ def test_gradients_are_the_same_under_checkpointing_and_a_copy_has_pairs_of_its_
     mlp, other = model.transformer.h[0].mlp, twin.transformer.h[0].mlp
     assert mlp.c_fc.pair is mlp.c_proj.pair is not other.c_fc.pair is other.c_proj.pair
     assert mlp.c_fc.pair is not model.transformer.h[1].mlp.c_fc.pair
+
+
+def test_prompts_with_ffba_adapters_in_one_batch_give_the_tokens_of_each_alone(tmp_path, monkeypatch):
+    """Through the command line, on the embedded model; a mixed batch of every kind is above."""
+    files = save_embedded_adapters(tmp_path, [("ffba8", "ffba", 8, 0.1), ("ffba2", "ffba", 2, 0.1)])
+    check_prompts_in_one_batch([files["ffba8"], "none", files["ffba2"]], tmp_path, monkeypatch)

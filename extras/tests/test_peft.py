@@ -140,6 +140,9 @@ def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(tiny, golden, tm
 
 @pytest.mark.parametrize("name", [""])
 def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refused(tiny, golden, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInput, match="adapter_config.json: no such file"):
+        flora.load_adapter(tiny, tmp_path / "empty")
     folder = peft_folder(tmp_path / "lora", "lora", golden)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(BadInput, match="adapter_model.bin is a pickle, which is not opened; load it in PEFT and save"):

@@ -1,0 +1,223 @@
+"""Damaged files and impossible flags: a right result or a BadInput, nothing else.
+
+Seeded and bounded. A mutation replaces, removes or adds one value of JSON, cuts or changes bytes, or
+puts a folder or a pipe in the place of a file. Nothing may end in another exception, take longer
+than a few seconds or more memory than HEADROOM.
+"""
+import contextlib
+import copy
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bench
+import flora
+import generate
+import train
+from extras.peft import save_peft
+from flora import BadInput
+from model import GPT, Tokenizer, run_main
+from test_flora import FIXTURES, TINY, random_adapter, tiny_flags, tiny_model
+
+HEADROOM = 4 << 30   # bytes of address space beyond what the process has
+VALUES = [None, True, False, -1, 0, 0.5, 3, 10**9, 10**20, 1e400, float("nan"), "", "x", "0", [], {}, [None],
+          [[]], {"a": 1}, ["c_attn"], -10**400, "\x00", "../x"]
+DEEP = "[" * 100_000
+
+
+@contextlib.contextmanager
+def bounded(seconds=20):
+    """An alarm and a limit on memory around what must be quick and small."""
+    def stop(*_):
+        raise AssertionError(f"took more than {seconds} s")
+    with open("/proc/self/statm") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    limits, alarm = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (used + HEADROOM, limits[1]))
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, alarm)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def mutated_json(value, rng):
+    """A copy of a JSON value with one change somewhere in it, as text."""
+    value = copy.deepcopy(value)
+    places, todo = [], [value]
+    while todo:
+        node = todo.pop()
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, inner in items:
+            places.append((node, key))
+            if isinstance(inner, (dict, list)):
+                todo.append(inner)
+    how = rng.random()
+    if how < 0.05:
+        return rng.choice(["", "{", "null", "[]", "1", '"x"', DEEP, "\ufeff{}", "{}"])
+    node, key = rng.choice(places)
+    if how < 0.2 and isinstance(node, dict):
+        del node[key]
+    else:
+        node[key] = rng.choice(VALUES)
+    return json.dumps(value)
+
+
+def mutated_bytes(data, rng):
+    how, at = rng.randrange(6), rng.randrange(len(data))
+    if how == 0:
+        return data[:at]
+    if how == 1:
+        return b""
+    if how == 2:
+        return b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    if how == 3:
+        return rng.randbytes(200)
+    flipped = bytearray(data)
+    for _ in range(1 if how == 4 else 30):   # mostly in the header
+        flipped[rng.randrange(min(len(data), 2000))] = rng.randrange(256)
+    return bytes(flipped)
+
+
+def damage(file, rng):
+    """Change a file, or put something else in its place."""
+    if rng.random() < 0.03:
+        os.remove(file)
+        return rng.choice([os.mkdir, os.mkfifo])(file)
+    if file.suffix == ".json" and rng.random() < 0.9:
+        file.write_text(mutated_json(json.loads(file.read_text()), rng), encoding="utf-8")
+    elif file.suffix == ".safetensors" and rng.random() < 0.5:
+        damage_tensors(file, rng)
+    else:
+        file.write_bytes(mutated_bytes(file.read_bytes(), rng))
+
+
+def damage_tensors(file, rng):
+    """Another type, shape or value of one tensor, or other metadata, in a file that is well formed."""
+    from safetensors import safe_open
+    with safe_open(file, "pt") as f:
+        metadata = dict(f.metadata() or {})
+    tensors = load_file(file)
+    if "flora_adapter" in metadata and rng.random() < 0.6:
+        metadata["flora_adapter"] = mutated_json(json.loads(metadata["flora_adapter"]), rng)
+    else:
+        name = rng.choice(sorted(tensors))
+        tensor = tensors.pop(name)
+        change = rng.choice([
+            lambda: {name: tensor.int()}, lambda: {name: tensor > 0}, lambda: {name: tensor.to(torch.complex64)},
+            lambda: {name: tensor.to(torch.float8_e4m3fn)}, lambda: {name: tensor * float("nan")},
+            lambda: {name: tensor * float("inf")}, lambda: {name: tensor[:1]}, lambda: {}, lambda: {name: tensor[None]},
+            lambda: {name: torch.zeros(0)}, lambda: {name + "x": tensor}, lambda: {name: tensor.half()}])
+        tensors |= change()
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata or None)
+
+
+def load_folder(folder):
+    model = GPT.from_pretrained(folder)
+    tokenizer = Tokenizer(folder)
+    generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=2, eos_id=tokenizer.eos_ids)
+
+
+def make_adapter_file(folder):
+    model = tiny_model()
+    flora.save_adapter(model, random_adapter(model, "flora", 2), folder / "a.safetensors", {"steps": 3})
+
+
+def make_peft_folder(folder):
+    model = tiny_model()
+    save_peft(model, random_adapter(model, "lora", 2), folder)
+
+
+def make_sharded(folder):
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 3]}))
+
+
+def make_run(folder):
+    report = {"adapter": "flora", "rank": 1, "trainable_parameters": 9, "log": [{"step": 0, "heldout_loss": 1.5}]}
+    (folder / "log.json").write_text(json.dumps(report))
+
+
+KINDS = {   # of files: how a folder of them is made, and used
+    "a StarCoder folder": (lambda f: shutil.copytree(TINY, f, dirs_exist_ok=True), load_folder),
+    "a Llama folder": (lambda f: shutil.copytree(FIXTURES / "tiny_llama3", f, dirs_exist_ok=True), load_folder),
+    "shards and an index": (make_sharded, load_folder),
+    "an adapter": (make_adapter_file, lambda f: flora.load_adapter(tiny_model(), f / "a.safetensors")),
+    "a PEFT folder": (make_peft_folder, lambda f: flora.load_adapter(tiny_model(), f)),
+    "a report of a run": (make_run, lambda f: flora.extra("curves", "--plot").plot(
+        [str(f / "log.json")], str(f / "plot.png"))),
+}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_damaged_files_give_a_right_result_or_one_sentence(what, tmp_path):
+    make, use = KINDS[what]
+    make(tmp_path / "good") if (tmp_path / "good").mkdir() is None else None
+    use(tmp_path / "good")
+    rng = random.Random(what)
+    for i in range(60):
+        folder = tmp_path / f"bad{i}"
+        shutil.copytree(tmp_path / "good", folder)
+        file = rng.choice(sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")))
+        damage(file, rng)
+        with bounded():
+            try:
+                use(folder)
+            except BadInput as e:
+                assert len(str(e).splitlines()) == 1 and len(str(e)) < 600, f"{file}: {e}"
+            except Exception as e:
+                raise AssertionError(f"{file}: {type(e).__name__}: {e}") from e
+        shutil.rmtree(folder)
+
+
+FLAG_VALUES = ["-1", "0", "nan", "inf", "-inf", "1e400", "x", "", "99999999999999999999", "1e-400", "0.5"]
+FLAGS = {
+    train: ["--rank", "--batch-size", "--grad-accum", "--block-size", "--lr", "--warmup", "--clip", "--seed",
+            "--eval-every", "--eval-tokens", "--alpha", "--targets", "--adapter", "--device", "--dtype", "--n-head"],
+    generate: ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--slots", "--max-batched-tokens",
+               "--adapter", "--prompt-file", "--weights", "--suffix"],
+    bench: ["--ranks", "--rows", "--num-requests", "--scale", "--num-adapters", "--slots", "--max-batched-tokens",
+            "--request-rate", "--repeats", "--seed", "--mode"],
+}
+SMALL = {
+    train: lambda folder, out: tiny_flags(folder, out, "--steps", 1),
+    generate: lambda folder, out: ["--weights", str(folder), "--prompt", "a", "--max-new-tokens", "2"],
+    bench: lambda folder, out: ["--weights", str(folder), "--ranks", "1", "--num-requests", "2", "--scale", "0.02",
+                                "--num-adapters", "1", "--slots", "1", "--repeats", "1", "--rows", "ia3", "--mode",
+                                "throughput", "--json", f"{out}.json", "--png", f"{out}.png"],
+}
+
+
+@pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
+def test_impossible_flags_give_a_right_result_or_one_sentence(script, tiny_folder, tmp_path, monkeypatch, capsys):
+    rng = random.Random(script.__name__)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(bench, "measure_limits", lambda *_: (1e10, 1e11))   # seconds, each time
+    for flag in FLAGS[script]:
+        for value in rng.sample(FLAG_VALUES, 4):
+            argv = SMALL[script](tiny_folder, tmp_path / "out") + [flag, value]
+            monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            with bounded():
+                try:
+                    run_main(script.main)
+                except SystemExit as e:
+                    error = capsys.readouterr().err
+                    assert e.code == 2 and "error: " in error.splitlines()[-1], f"{flag} {value}: {e.code} {error}"
+                except Exception as e:
+                    raise AssertionError(f"{flag} {value}: {type(e).__name__}: {e}") from e
