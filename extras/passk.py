@@ -4,15 +4,20 @@
   python -m extras.passk HumanEval.jsonl.gz --completions canonical --i-trust-the-code
                                                                         a check: all must pass
 
-A problem file is JSONL, gzipped or not: MultiPL-E's ("name", "language", "prompt", "tests",
-"stop_tokens") or HumanEval's ("task_id", "prompt", "test", "entry_point", "canonical_solution").
-Programs that have run are kept in --results: the same command, given again after an interruption
-or with more samples, does only what is missing.
+A problem file is JSONL, or an array in a .json file, gzipped or not: MultiPL-E's ("name",
+"language", "prompt", "tests", "stop_tokens") or HumanEval's ("task_id", "prompt", "test",
+"entry_point", "canonical_solution"), in the languages of extras/languages.py. Programs that have
+run are kept in --results: the same command, given again after an interruption or with more
+samples, does only what is missing. Another base model, adapter or problem is noticed by its
+content, whatever its name. Problems whose prompts no program can complete (Julia's with a
+docstring that does not end) are counted apart.
 
 Generated programs are untrusted. Each runs in the sandbox of extras/sandbox.py, whose top says
-what is contained and what is not. The first line on standard error says which holds here.
+what is contained and what is not. The first line on standard error says which holds here, the
+next ones which interpreters and compilers run the programs.
 """
 import argparse
+import gzip
 import json
 import math
 import os
@@ -27,15 +32,19 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from extras import sandbox
-from extras.languages import ALIASES, LANGUAGES, OUTCOMES, Outcome, interpreter_of, run_program
-from extras.requests import read_jsonl, read_results, rewrite_results
-from flora import BadInput
+from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests,
+                              interpreter_of, run_program, why_broken)
+from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results,
+                             rewrite_results)
+from flora import (JSON, BadInput, adapter_digest, check_writable, difference, digest, locked,
+                   write_json)
 from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
-from model import add_common_flags, run_main, write_json
+from model import add_common_flags, base_digest, run_main
 
 HUMANEVAL_KEYS = ("task_id", "prompt", "test", "entry_point")
 HUMANEVAL_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]   # of the Codex paper
 MULTIPL_E_KEYS = ("name", "language", "prompt", "tests")
+MOST_SECONDS = 10 ** 6   # for a program
 
 
 # ---------------------------------------------------------------------------------------- problems
@@ -52,7 +61,7 @@ class Problem(NamedTuple):
 
 
 def read_problems(file):
-    """Problems of a MultiPL-E or HumanEval file (.jsonl or .jsonl.gz) -> list of Problem.
+    """Problems of a MultiPL-E or HumanEval file (.jsonl or .json, or that .gz) -> list of Problem.
 
     Raises BadInput for a file that cannot be read, a line without the keys of either format, a
     language that LANGUAGES lacks, and a name that comes twice.
@@ -69,12 +78,25 @@ def read_problems(file):
 
 
 def read_lines(file, what):
-    """Yield (where, value) of each line of a JSONL file; BadInput and `where` call it `what`."""
+    """Yield (where, value) of each line of a JSONL file, or each element of a .json file's array;
+    BadInput and `where` call the file `what`."""
     try:
-        for line, value in read_jsonl(file):
-            yield f"{what} line {line}", value
-    except (OSError, EOFError, ValueError, zlib.error) as e:
+        array = read_array(file)
+        values = read_jsonl(file) if array is None else enumerate(array, 1)
+        for number, value in values:
+            yield f"{what} {'line' if array is None else 'element'} {number}", value
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:
         raise BadInput(f"{what}: not readable as JSONL ({e})") from None
+
+
+def read_array(file):
+    """The list in a .json file, or None where it holds something else."""
+    if not str(file).removesuffix(".gz").endswith(".json"):
+        return None
+    opened = gzip.open if str(file).endswith(".gz") else open
+    with opened(file, "rt", encoding="utf-8-sig") as f:
+        text = f.read()
+    return json.loads(text) if text.lstrip().startswith("[") else None
 
 
 def to_problem(given, file, where):
@@ -94,6 +116,7 @@ def to_problem(given, file, where):
     if language not in LANGUAGES:
         raise BadInput(f"{where}: language {language!r} cannot be run here; use one of "
                        f"{', '.join(LANGUAGES)}")
+    check_tests(language, tests, where)
     stops = given.get("stop_tokens", HUMANEVAL_STOPS if human else [])
     if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
         raise BadInput(f"{where}: stop_tokens is {stops!r}, which is no list of texts")
@@ -104,15 +127,20 @@ def to_problem(given, file, where):
 def check_languages(problems):
     """BadInput where an interpreter, or the library that tests need, is missing."""
     for language in dict.fromkeys(p.language for p in problems):
-        interpreter_of(language)
+        announce(language)
         library = LANGUAGES[language].library
         texts = [p.prompt + p.tests for p in problems if p.language == language]
         if library and any(library[0] in text for text in texts):
             interpreter_of(language, library=True)
 
 
-def checksum(problem):
-    return zlib.crc32(json.dumps(problem).encode())
+def without_broken(problems):
+    """The problems whose prompts some program can complete."""
+    return [p for p in problems if not why_broken(p.language, p.prompt)]
+
+
+def problem_digest(problem):
+    return digest(json.dumps(problem))
 
 
 # ------------------------------------------------------------------------------------ completions
@@ -138,9 +166,14 @@ def sample_completions(model, tokenizer, adapter_id, todo, max_new_tokens=512, t
                     top_p=top_p)
     while True:
         for problem, number in islice(todo, engine.slots - len(engine.waiting)):
-            own_seed = zlib.crc32(f"{seed} {problem.name} {number}".encode())
-            request = submit(engine, tokenizer, problem, seed=own_seed, **settings)
-            asked[request] = problem, number
+            text = f"{seed} {problem.name} {number}".encode("utf-8", "surrogatepass")
+            own_seed = zlib.crc32(text)
+            try:
+                request = submit(engine, tokenizer, problem, seed=own_seed, **settings)
+            except (BadInput, ValueError) as e:   # a prompt that cannot be encoded
+                yield Completion(problem, number, "", error=str(e))
+            else:
+                asked[request] = problem, number
         if not engine.busy:
             return
         for request, _ in engine.step():
@@ -158,7 +191,7 @@ def submit(engine, tokenizer, problem, **settings):
     """
     ids = tokenizer.encode(problem.prompt.rstrip(), bos=True)
     # a stop that is new ends in the tokens read last, and spans a token per byte at most
-    longest = max((len(stop.encode()) for stop in problem.stops), default=0)
+    longest = max((len(stop.encode("utf-8", "surrogatepass")) for stop in problem.stops), default=0)
     tail = longest + engine.sync_every
 
     def stopped(ids):
@@ -184,13 +217,19 @@ def given_completions(source, problems):
 
 def read_completions(file, problems):
     """Completions of a JSONL file with "task_id" or "name", "completion" and, where a name repeats
-    between problem files, "file". A problem's samples are numbered in the file's order."""
+    between problem files, "file". A problem's samples are numbered in the file's order. A
+    completion that is not a text is one that could not be sampled."""
     completions, numbers = [], Counter()
     for where, line in read_lines(file, f"--completions {file}"):
         problem = problem_of(line, problems, where)
         number = numbers[problem.file, problem.name]
         numbers[problem.file, problem.name] += 1
-        completions.append(Completion(problem, number, line["completion"]))
+        text = line["completion"]
+        if isinstance(text, str):
+            completions.append(Completion(problem, number, text))
+        else:
+            error = f"{where}: completion is {json.dumps(text)[:100]}, not a text"
+            completions.append(Completion(problem, number, "", error=error))
     for p in problems:
         if not numbers[p.file, p.name]:
             raise BadInput(f"--completions {file}: has none for {p.name} of {p.file}")
@@ -201,7 +240,7 @@ def problem_of(line, problems, where):
     """The problem that a line of a file of completions means."""
     line = line if isinstance(line, dict) else {}
     name = line.get("task_id", line.get("name"))
-    if name is None or not isinstance(line.get("completion"), str):
+    if name is None or "completion" not in line:
         raise BadInput(f'{where}: needs "task_id" or "name", and "completion"')
     found = [p for p in problems if p.name == name and line.get("file", p.file) == p.file]
     if len(found) != 1:
@@ -210,13 +249,13 @@ def problem_of(line, problems, where):
     return found[0]
 
 
-def execute(completions, workers=None, timeout=15.0):
+def execute(completions, workers=None, timeout=15.0, compile_timeout=60.0):
     """Run each Completion of an iterable in one of `workers` threads (default: one per core), while
     the iterable makes more. Yields results, as of `score`, as they come."""
     pool, running = ThreadPoolExecutor(workers or os.cpu_count()), set()
     try:
         for completion in completions:
-            running.add(pool.submit(score, completion, timeout))
+            running.add(pool.submit(score, completion, timeout, compile_timeout))
             ended = {future for future in running if future.done()}
             running -= ended
             yield from (future.result() for future in ended)
@@ -227,14 +266,20 @@ def execute(completions, workers=None, timeout=15.0):
         pool.shutdown(cancel_futures=True)
 
 
-def score(completion, timeout):
-    """Run one program -> a dict of file, name, sample, completion, tokens, outcome, code, error."""
+def score(completion, timeout, compile_timeout):
+    """Run one program -> a dict of file, name, sample, completion, tokens, outcome, code, error.
+
+    BadInput where this machine, not the program, is why it could not be run.
+    """
     problem, sample, text, tokens, error = completion
     if error:
         outcome = Outcome("refused", None, error)
     else:
         program = f"{problem.prompt}{text}\n{problem.tests}"
-        outcome = run_program(problem.language, program, timeout)
+        try:
+            outcome = run_program(problem.language, program, timeout, compile_timeout)
+        except OSError as e:
+            raise BadInput(f"a program could not be started ({e}); results so far are kept") from e
     return dict(file=problem.file, name=problem.name, sample=sample, completion=text, tokens=tokens,
                 **outcome._asdict())
 
@@ -308,22 +353,35 @@ def print_table(rows, ks):
 def run(args):
     """pass@k of problem files."""
     require_consent(args)
-    problems = read_files(args.files)
-    given = given_completions(args.completions, problems) if args.completions else []
+    everything = read_files(args.files)
+    problems = without_broken(everything)
+    if not problems:
+        raise BadInput("all problems are broken: "
+                       f"{why_broken(everything[0].language, everything[0].prompt)}")
+    given = given_completions(args.completions, everything) if args.completions else []
+    given = [c for c in given if not why_broken(c.problem.language, c.problem.prompt)]
     todo = [(c.problem, c.sample) for c in given]
-    if not given:
+    if not args.completions:
         todo = [(problem, number) for problem in problems for number in range(args.samples)]
     ks = choose_ks(args.k, todo)
     check_languages(problems)
+    check_writable(args.json, "--json", JSON, make_folder=True)
+    check_writable(args.results, "--results", make_folder=True)
+    identity = identity_of(args)
+    with locked(args.results, "--results"):
+        results = evaluate(args, identity, problems, given, todo)
+    report(args, identity, everything, results, ks)
 
-    settings = settings_of(args)
-    results = resume(args.results, settings, problems, todo)
+
+def evaluate(args, identity, problems, given, todo):
+    """Do what --results lacks -> {key: result} of all of `todo`."""
+    results = resume(args.results, identity, problems, given, todo)
     missing = [(problem, number) for problem, number in todo if key(problem, number) not in results]
     completions = [c for c in given if key(c.problem, c.sample) not in results]
-    if missing and not given:
+    if missing and not args.completions:
         completions = sample_missing(args, missing)
-    complete(args, completions, problems, settings, results, len(todo))
-    report(args, problems, results, ks, settings)
+    complete(args, completions, problems, identity, results, len(todo))
+    return results
 
 
 def require_consent(args):
@@ -352,14 +410,22 @@ def choose_ks(ks, todo):
     return ks
 
 
-def settings_of(args):
-    """What results depend on, beside the problem."""
-    settings = dict(completions=args.completions, timeout=args.timeout)
+def identity_of(args):
+    """What results depend on, beside the problem and what runs it: contents, not names."""
+    source = args.completions
+    identity = dict(completions="given" if source not in (None, "canonical", "empty") else source,
+                    timeout=args.timeout, compile_timeout=args.compile_timeout)
     if not args.completions:
-        for name in ("weights", "adapter", "dtype", "quantize", "max_new_tokens", "temperature",
-                     "top_p", "seed"):
-            settings[name] = getattr(args, name)
-    return settings
+        identity |= dict(base=base_digest(args.weights),
+                         adapter_content=adapter_digest(args.adapter))
+        for name in ("dtype", "quantize", "max_new_tokens", "temperature", "top_p", "seed"):
+            identity[name] = getattr(args, name)
+    return identity
+
+
+def identity_of_problem(problem):
+    """What a problem's results depend on."""
+    return dict(problem=problem_digest(problem), ran_by=interpreter_of(problem.language).version)
 
 
 def key(problem, number):
@@ -367,27 +433,40 @@ def key(problem, number):
     return problem.file, problem.name, number
 
 
-def resume(file, settings, problems, todo):
+def resume(file, identity, problems, given, todo):
     """Results of an earlier run that todo asks for -> {key: result}; the file keeps all of them.
 
-    BadInput where its settings, or its form of a problem, were others.
+    BadInput where its settings, its form of a problem, or a given completion were others.
     """
     results = read_results(file, "file", "name", "sample")
-    checksums = {(p.file, p.name): checksum(p) for p in problems}
-    for r in results.values():
-        expected = dict(settings)
-        if (r["file"], r["name"]) in checksums:
-            expected["crc"] = checksums[r["file"], r["name"]]
-        for name, value in expected.items():
-            if r.get(name) != value:
-                what = f"{name} {r.get(name)}, not {value}"
-                if name == "crc":
-                    what = f"another form of the problem {r['name']} of {r['file']}"
-                raise BadInput(f"--results {file}: was made with {what}; move the file away, or "
-                               "choose another --results")
+    own = {(p.file, p.name): identity_of_problem(p) for p in problems}
+    texts = {key(c.problem, c.sample): c.text for c in given}
+    for k, r in results.items():
+        what = changed(r, identity, own.get(k[:2], {}), texts.get(k))
+        if what:
+            raise BadInput(f"--results {file}: was made {what}; {OTHER_FILE}")
     rewrite_results(file, results)
     asked = {key(problem, number) for problem, number in todo}
     return {k: result for k, result in results.items() if k in asked}
+
+
+def changed(result, identity, own, text):
+    """How an earlier result was made, if otherwise than it would be now, or None.
+
+    own: identity_of_problem, text: the completion, where they are asked for now.
+    """
+    of = f"{result['name']} of {result['file']}"
+    for name in (*identity, *own, "completion", "outcome"):
+        if name not in result:
+            return f"without a note of its {name}"
+    if result["problem"] != own.get("problem", result["problem"]):
+        return f"with another form of the problem {of}"
+    if result["ran_by"] != own.get("ran_by", result["ran_by"]):
+        return f"with {result['ran_by']}, not {own['ran_by']}"
+    if text not in (None, result["completion"]):
+        return f"with another completion {result['sample']} of {of}"
+    what = difference(result, identity)
+    return what and f"with {what}"
 
 
 def sample_missing(args, missing):
@@ -399,17 +478,15 @@ def sample_missing(args, missing):
                               args.temperature, args.top_p, args.seed, slots)
 
 
-def complete(args, completions, problems, settings, results, total):
+def complete(args, completions, problems, identity, results, total):
     """Run completions; append each result to --results as it comes, and add it to `results`."""
-    checksums = {(p.file, p.name): checksum(p) for p in problems}
+    own = {(p.file, p.name): identity_of_problem(p) for p in problems}
     start, tokens = time.time(), 0
     passed = count_passed(results)
     bar = tqdm(total=total, initial=len(results), unit="program")
-    with open(args.results, "a", encoding="utf-8") as f, bar:
-        for r in execute(completions, args.workers, args.timeout):
-            crc = checksums[r["file"], r["name"]]
-            f.write(json.dumps(r | dict(crc=crc) | settings) + "\n")
-            f.flush()
+    with appending(args.results) as add, bar:
+        for r in execute(completions, args.workers, args.timeout, args.compile_timeout):
+            add(r | own[r["file"], r["name"]] | identity)
             results[r["file"], r["name"], r["sample"]] = r
             tokens += r["tokens"]
             passed += r["outcome"] == "passed"
@@ -422,22 +499,43 @@ def count_passed(results):
     return sum(r["outcome"] == "passed" for r in results.values())
 
 
-def report(args, problems, results, ks, settings):
+def report(args, identity, everything, results, ks):
     """Print the table, and write --json."""
+    problems = without_broken(everything)
     counts = count(problems, results.values())
     rows = summary(problems, counts, ks)
     print_table(rows, ks)
     print(f"{count_passed(results)} of {len(results)} programs passed")
+    broken = tell_broken(everything)
     if args.json:
+        names = dict(completions=args.completions)
+        if not args.completions:
+            names |= dict(weights=args.weights, adapter=args.adapter)
+        tools = {p.language: interpreter_of(p.language)._asdict() for p in problems}
         each = [dict(file=p.file, name=p.name, **c) for p, c in zip(problems, counts)]
-        write_json(args.json, dict(settings=settings, rows=rows, problems=each))
+        write_json(args.json, dict(settings=identity | names, languages=tools, broken=broken,
+                                   rows=rows, problems=each))
+
+
+def tell_broken(problems):
+    """Print, for each file that has some, how many problems are broken -> {file: their number}."""
+    broken, sizes = Counter(), Counter(p.file for p in problems)
+    for p in problems:
+        why = why_broken(p.language, p.prompt)
+        if why:
+            broken[p.file] += 1
+            reason = why
+    for file in broken:
+        print(f"{file}: {broken[file]} of {sizes[file]} problems are broken, and not counted: "
+              f"{reason}")
+    return broken
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="problems, .jsonl or .jsonl.gz")
+    add("files", nargs="+", metavar="FILE", help="problems, .jsonl or .json, with .gz or not")
     add("--adapter", default="none", metavar="FILE", help="none (the default) is the base model")
     add("--completions", metavar="canonical|empty|FILE", help="score these instead of sampling: "
         "the problems' own solutions, nothing, or a JSONL file")
@@ -449,6 +547,8 @@ def parse_args(argv=None):
     add("--slots", type=int, help="samples generated at once (default: 8 on a CPU, otherwise 64)")
     add("--workers", type=int, help="programs run at once (default: one per core)")
     add("--timeout", type=float, default=15.0, help="seconds for a program (default: 15)")
+    add("--compile-timeout", type=float, default=60.0,
+        help="seconds for compiling it before (default: 60)")
     add("--results", default="out/evaluate.jsonl", metavar="FILE",
         help="JSONL to write, or to complete")
     add_consent_flag(parser)
@@ -459,10 +559,13 @@ def parse_args(argv=None):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number "
                          "of at least 1")
-    if min(args.k or [1]) < 1 or not args.timeout > 0:
-        parser.error("--k and --timeout must be above 0")
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
-        parser.error("--temperature must be at least 0, --top-p in (0, 1]")
+    if min(args.k or [1]) < 1:
+        parser.error("--k must be above 0")
+    for flag in ("timeout", "compile_timeout"):
+        if not 0 < getattr(args, flag) <= MOST_SECONDS:
+            parser.error(f"--{flag.replace('_', '-')} must be above 0, and {MOST_SECONDS} at most")
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
+        parser.error("--temperature must be at least 0 and finite, --top-p in (0, 1]")
     return args
 
 

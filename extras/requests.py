@@ -40,7 +40,7 @@ def read_jsonl(file):
 
     ValueError, naming the line, for one that is not JSON.
     """
-    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as f:
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue

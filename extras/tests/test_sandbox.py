@@ -1,13 +1,17 @@
 """extras/sandbox.py and its launcher: what contains a program, with namespaces and without."""
 import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from extras import languages, sandbox
+from extras import languages, launcher, sandbox
 from extras.languages import run_program
 from extras.tests.test_languages import needs
 
@@ -79,15 +83,81 @@ import os
 for i in range(1500):
     os.mkdir('d'); os.chdir('d')""", 60, {"passed", "failed", "limit"}),
     "reads standard input": ("import sys; assert sys.stdin.read() == ''", 60, {"passed"}),
+    "writes errors without end": ("""
+import sys
+while True: sys.stderr.write('x' * 10000)""", 60, {"limit"}),
+    "makes a sparse file": ("open('a', 'w').truncate(2**40)", 60, {"failed", "limit"}),
+    "fills its folder with links": ("""
+import os
+for name, to in [('root', '/'), ('loop', 'loop'), ('file', '/etc/passwd')]:
+    os.symlink(to, name)""", 60, {"passed"}),
+    "renames its folder": ("""
+import os
+open('a', 'w').write('x' * 2**19)
+try:
+    os.rename(os.getcwd(), '../elsewhere')
+except OSError:
+    os._exit(3)""", 60, {"failed"}),
+    "forbids its removal": ("""
+import os
+os.makedirs('a/b'); open('a/b/c', 'w').write('x'); os.chmod('a/b', 0); os.chmod('a', 0)""", 60,
+                            {"passed"}),
+    "kills its parent": ("""
+import os, signal, time
+os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(60)""", 2, {"failed", "limit", "timeout"}),
+    "has a child kill its parent": ("""
+import os, signal, time
+parent = os.getppid()
+if os.fork() == 0:
+    os.setsid()
+    os.kill(parent, signal.SIGKILL)
+time.sleep(60)""", 2, {"failed", "limit", "timeout"}),
+    "makes a device": ("import os, stat; os.mknod('d', 0o600 | stat.S_IFBLK, os.makedev(8, 0))", 60,
+                       {"failed"}),
+    "holds memory in files without a name": ("""
+import os
+held = [os.memfd_create(str(i)) for i in range(400)]
+for file in held:
+    os.write(file, bytes(2**20))""", 60, {"failed", "limit"}),
+    "holds memory in sockets": ("""
+import socket
+pairs, held = [], 0
+while held < 2**28:
+    pairs.append(socket.socketpair())
+    pairs[-1][0].setblocking(False)
+    try:
+        while True:
+            held += pairs[-1][0].send(bytes(2**16))
+    except BlockingIOError:
+        pass""", 60, {"failed", "limit"}),
 }
+FILTERED = {   # where the kernel takes filters
+    "holds memory in a System V segment": ("""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.shmget(0, 2**20, 0o1600) >= 0""", 60, {"failed"}),
+    "mounts a file system in a namespace of its own": ("""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.unshare(0x10000000 | 0x20000) == 0   # user, mount""", 60, {"failed"}),
+    "starts a process in a namespace of its own": ("""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+child = libc.syscall(56, 0x10000000 | 17, None, None, None, None)   # clone
+assert child >= 0""", 60, {"failed"}),
+}
+if launcher.can_forbid():
+    HOSTILE |= FILTERED
 
 
-def left_over(name):
-    """Live processes with `name` on their command line, but for this one."""
+def left_over(name, but=None):
+    """Live processes with `name` on their command line, but for this one and that of an id."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if name in (folder / "cmdline").read_text() and int(folder.name) != os.getpid():
+            mine = int(folder.name) in (os.getpid(), but)
+            if name in (folder / "cmdline").read_text() and not mine:
                 found.append(folder.name)
         except OSError:
             pass
@@ -100,6 +170,80 @@ def test_a_hostile_program_neither_passes_nor_outlives_its_run(what, program_nam
     outcome = run_program("py", program, timeout)
     assert outcome.outcome in right, outcome
     assert not left_over(program_name)
+
+
+def test_all_processes_of_a_program_share_its_memory_where_cgroups_can_be_had(program_name):
+    if sandbox.no_memory_group():
+        pytest.skip("cgroups that limit memory are not to be had here")
+    outcome = run_program("py", """
+import os, time
+for i in range(8):
+    if os.fork() == 0:
+        hoard = b'x' * (64 << 20)   # 512 MiB together
+        time.sleep(60)
+time.sleep(5)""", 30)
+    assert outcome.outcome == "limit" and outcome.code == "killed", outcome
+
+
+def test_a_setuid_program_gains_nothing(program_name):
+    if os.getuid():
+        pytest.skip("only root can make a program setuid root")
+    copy = Path(tempfile.tempdir) / "id"
+    shutil.copy(shutil.which("id"), copy)
+    copy.chmod(0o4755)
+    outcome = run_program("py", f"""
+import subprocess
+assert subprocess.check_output(["{copy}", "-u"]).strip() != b"0"
+assert "NoNewPrivs:\t1" in open("/proc/self/status").read()""", 60)
+    copy.unlink()
+    assert outcome.outcome == "passed", outcome
+
+
+def test_a_debugger_cannot_take_over_what_contains_it(program_name):
+    if os.getuid() and sandbox.no_namespaces():
+        pytest.skip("without namespaces a program reaches the processes of its user, which is you")
+    outcome = run_program("py", """
+import ctypes, os
+ATTACH = 16
+assert ctypes.CDLL(None).ptrace(ATTACH, os.getppid(), None, None) == -1""", 60)
+    assert outcome.outcome == "passed", outcome
+
+
+def test_a_program_ends_with_the_process_that_evaluates_it(program_name):
+    root = Path(sandbox.__file__).parents[1]
+    evaluation = subprocess.Popen([sys.executable, "-c", f"""
+import sys, tempfile
+sys.path.insert(0, "{root}")
+from extras import sandbox
+tempfile.tempdir = "{tempfile.tempdir}"
+sandbox.contained([(("/bin/sh", "{program_name}"), 60)], "{program_name}", "sleep 61; true",
+                  namespaces={not sandbox.no_namespaces()})"""])
+    try:
+        wait_until(lambda: left_over(program_name, but=evaluation.pid))
+        groups = [group for group in Path("/sys/fs/cgroup").glob("**/flora-*")
+                  if parent_of(group.name.removeprefix("flora-")) == evaluation.pid]
+        assert sandbox.no_memory_group() or groups
+    finally:
+        evaluation.send_signal(signal.SIGKILL)
+        evaluation.wait()
+    wait_until(lambda: not left_over(program_name))
+    wait_until(lambda: not any(map(os.path.exists, groups)))
+    for folder in Path(tempfile.tempdir).iterdir():
+        sandbox.remove(folder)
+
+
+def parent_of(process):
+    try:
+        return int(Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:   # it has ended
+        return None
+
+
+def wait_until(happened):
+    end = time.monotonic() + 30
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_namespace_hides_network_processes_and_files(tmp_path, monkeypatch):
