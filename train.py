@@ -369,13 +369,16 @@ RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "ffba_activation", "steps"
                "n_layer", "n_head", "n_embd", "dtype", "quantize")
 
 
-def made_with(args, texts):
-    """All that decides what a run learns: {flag: value, "base", "data" and "lora": digest}."""
+def flags_of(args):
+    return {key: getattr(args, key) for key in RESUME_KEYS if key in args}
+
+
+def contents(args, texts):
+    """The digests of what a run learns from -> {"base", "data", "lora"}."""
     scratch = args.adapter == "none" and args.weights is None
-    return {key: getattr(args, key) for key in RESUME_KEYS if key in args} | dict(
-        base=None if scratch else base_digest(args.weights or EMBEDDED),
-        data=flora.digest(*texts[0], "held out:", *texts[1]),
-        lora=flora.adapter_digest(args.from_lora) if args.from_lora else None)
+    return dict(base=None if scratch else base_digest(args.weights or EMBEDDED),
+                data=flora.digest(*texts[0], "held out:", *texts[1]),
+                lora=flora.adapter_digest(args.from_lora) if args.from_lora else None)
 
 
 def save_checkpoint(step, parameters, optimizer, log, args):
@@ -460,7 +463,7 @@ def train(args):
     with outputs(args):
         checkpoint = open_checkpoint(args)
         texts = load_texts(args)
-        args.made_with = made_with(args, texts) if RANK == 0 else {}
+        args.made_with = flags_of(args) | contents(args, texts) if RANK == 0 else {}
         if checkpoint and RANK == 0:
             check_same(checkpoint, args)
         torch.manual_seed(args.seed)
