@@ -897,11 +897,11 @@ def locked(path, flag):
     """Inside, this process alone writes `path`, a folder or a file; BadInput if another one does.
     The lock dies with its process. flag names the path."""
     import fcntl   # POSIX
-    path, mine = os.path.realpath(path), False
-    folder = os.path.isdir(path)
+    folder, mine = os.path.isdir(path), False
     if stands(path) and not folder:
         yield
         return
+    path = os.path.realpath(path)
     lock = path if folder else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
     try:
         handle = os.open(lock, os.O_RDONLY | (0 if folder else os.O_CREAT), 0o666)
@@ -966,9 +966,9 @@ def adapter_digest(name):
     return digest(*parts)
 
 
-CONTENT = {   # settings that are digests: what they stand for
-    "base": "base model", "data": "data", "adapter_file": "adapter", "lora": "LoRA",
-    "problems": "problems"}
+CONTENT = {   # settings that are digests: what a difference means
+    "base": "another base model", "data": "other data", "adapter_file": "another adapter",
+    "lora": "another LoRA", "problems": "other problems"}
 
 
 def difference(made, now):
@@ -977,6 +977,6 @@ def difference(made, now):
     for name, value in now.items():
         if name in made and made[name] != value:
             if name in CONTENT:
-                return f"another {CONTENT[name]} (fingerprint {made[name]}, not {value})"
+                return f"{CONTENT[name]} (fingerprint {made[name]}, not {value})"
             return f"--{name.replace('_', '-')} {made[name]}, not {value}"
     return None
