@@ -21,8 +21,8 @@ SERVED["llama"] = [
     ("lora", 1, ["all"]), ("flora", 2, ["all"])]
 ALL["llama"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXTRA_KINDS = {   # adapters of the kinds in extras/, by family
-    "gpt_bigcode": [("ffba", 3, None), ("ffba", 1, ["mlp"])],
-    "llama": [("ffba", 3, None), ("ffba", 1, ["mlp"])]}
+    "gpt_bigcode": [("ffba", 3, None), ("ffba", 1, ["mlp"]), ("hira", 2, ["all"]), ("hira", 1, ["c_attn.qk"])],
+    "llama": [("ffba", 3, None), ("ffba", 1, ["mlp"]), ("hira", 2, ["all"]), ("hira", 1, ["q_proj"])]}
 
 
 @pytest.fixture(scope="session")

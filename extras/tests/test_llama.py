@@ -39,7 +39,7 @@ def family():
     return "llama"
 
 
-@pytest.fixture(params=["flora", "lora", "ia3", "ffba"])
+@pytest.fixture(params=["flora", "lora", "ia3", "ffba", "hira"])
 def kind(request):
     return request.param
 

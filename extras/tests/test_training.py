@@ -14,11 +14,12 @@ from test_flora import (
     test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice as check_losses)
 
 LLAMA_TARGETS = {"flora": ["q_proj", "v_proj"], "lora": ["q_proj", "v_proj"],
-                 "ia3": ["k_proj", "v_proj", "down_proj"], "ffba": ["attn", "mlp"]}
+                 "ia3": ["k_proj", "v_proj", "down_proj"], "ffba": ["attn", "mlp"],
+                 "hira": ["q_proj", "v_proj"]}
 
 
 @pytest.mark.parametrize("kind,folder", [
-    ("ffba", "tiny_folder"),
+    ("ffba", "tiny_folder"), ("hira", "tiny_folder"),
     *[(kind, "tiny_llama_folder") for kind in LLAMA_TARGETS]])
 def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
         kind, folder, request, tmp_path):
