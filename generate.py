@@ -20,7 +20,8 @@ import torch
 
 import flora
 from flora import BASE, JSON, BadInput, check_writable
-from model import GPT, Tokenizer, add_common_flags, get_device, run_main, write_json
+from model import (GPT, Tokenizer, add_common_flags, check_numbers, get_device, run_main,
+                   write_json)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -595,17 +596,13 @@ def parse_args(argv=None):
 
 
 def check_args(parser, args):
-    if args.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens is {args.max_new_tokens}; "
-                     "use a whole number of at least 1")
+    check_numbers(args, at_least_1=["max_new_tokens", "slots", "max_batched_tokens"], at_least_0=["seed"])
     if bool(args.requests) != bool(args.results):
         parser.error("--requests and --results go together")
     given = args.prompt or args.prompt_file or args.suffix or len(args.adapter) > 1
     if args.requests and given:
         parser.error("--requests brings prompts and adapters itself; give no --prompt, "
                      "--prompt-file or --suffix, and at most one --adapter, the default")
-    if args.slots is not None and args.slots < 1 or args.max_batched_tokens < 1:
-        parser.error("--slots and --max-batched-tokens must be whole numbers of at least 1")
     if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
         parser.error("--temperature and --top-k must be at least 0, --top-p in (0, 1]")
     bad = bad_setting(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)

@@ -770,19 +770,17 @@ def add_common_flags(parser, dtypes):
 
 
 def check_numbers(args, at_least_1=(), at_least_0=(), above_0=()):
-    """BadInput unless the flags of these names are in range. None is not given; of several values
-    each counts."""
-    ranges = ((at_least_1, "at least 1", lambda v: v >= 1), (at_least_0, "at least 0", lambda v: v >= 0),
-              (above_0, "above 0", lambda v: v > 0))
-    for flags, words, fits in ranges:
-        for flag in flags:
-            value = getattr(args, flag)
-            for v in value if isinstance(value, list) else [value]:
-                if v is not None and not (fits(v) and v <= LARGEST):
-                    words = words if not v > LARGEST else f"at most {LARGEST}"
-                    number = "whole number" if isinstance(v, int) else "number"
-                    raise BadInput(f"--{flag.replace('_', '-')} is {v}; use a {number} "
-                                   + (f"of {words}" if words != "above 0" else words))
+    """BadInput unless the flags of these names are in range; one that was not given (None) is."""
+    for flag in (*at_least_1, *at_least_0, *above_0):
+        value = getattr(args, flag)
+        for v in value if isinstance(value, list) else [value]:
+            least = 1 if flag in at_least_1 else 0
+            if v is None or least <= v <= LARGEST and not (v == 0 and flag in above_0):
+                continue
+            number = "whole number" if isinstance(v, int) else "number"
+            range = "above 0" if flag in above_0 else f"of at least {least}"
+            range = f"of at most {LARGEST}" if v > LARGEST else range
+            raise BadInput(f"--{flag.replace('_', '-')} is {v}; use a {number} {range}")
 
 
 def get_device(name):

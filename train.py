@@ -621,7 +621,7 @@ def parse_args(argv=None):
 
 def add_adapter_flags(add):
     add("--adapter", default="flora", metavar="KIND",
-        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (ffba, hira), or none: the base itself")
+        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (as ffba), or none: the base itself")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
         "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
