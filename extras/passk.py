@@ -417,7 +417,7 @@ def identity_of(args):
                     timeout=args.timeout, compile_timeout=args.compile_timeout)
     if not args.completions:
         identity |= dict(base=base_digest(args.weights),
-                         adapter_content=adapter_digest(args.adapter))
+                         adapter_file=adapter_digest(args.adapter))
         for name in ("dtype", "quantize", "max_new_tokens", "temperature", "top_p", "seed"):
             identity[name] = getattr(args, name)
     return identity
