@@ -10,23 +10,27 @@ again after an interruption or with more languages, methods or seeds, does only 
 extras/toys.py shares all but the measure.
 """
 import argparse
+import contextlib
 import os
 import shlex
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from flora import BadInput
-from model import add_common_flags, read_json, run_main, save_figure, write_json
-from train import parse_args as train_args
+import train
+from flora import BadInput, read_json, write_json
+from model import (PNG, add_common_flags, check_writable, difference, run_main, save_figure,
+                   write_each)
 
-TRAIN = str(Path(__file__).resolve().parent.parent / "train.py")
+TRAIN = train.__file__
+WITH_PARENT = str(Path(__file__).with_name("with_parent.py"))
 METHODS = {  # name in the table: flags of train.py
     "flora-r1": "--adapter flora --rank 1",
     "flora-r4": "--adapter flora --rank 4",
@@ -46,17 +50,29 @@ CORPORA = {  # real code that the requirements bring: (folder, extensions)
     "cmake": (SITE, ".cmake"),
     "pyi": (SITE, ".pyi"),
 }
+# Of a log.json: what is read of it; and what is compared where it does not say what made it
+LOG = {"heldout_bpb_before": float, "heldout_bpb_after": float, "trainable_parameters": int,
+       "seconds": float}
 MUST_AGREE = ("adapter", "lr", "seed", "steps", "batch_size", "block_size", "dtype", "quantize")
 
 
 def losses(args):
     """Train, and print held-out bits per byte."""
-    logs, sweep = train_table(args, dict(corpus(name) for name in args.languages))
-    table = {language: losses_row(methods) for language, methods in logs.items()}
-    print_accuracy(table, "held-out bits per byte (relative improvement) ± standard deviation over "
-                   "seeds", lambda base, x: f"{100 * (base - x) / base:+.1f} %")
-    draw(args.png, table, "held-out bits per byte saved", lambda base, x: base - x)
-    finish(args, table, sweep)
+    with outputs(args):
+        logs, sweep = train_table(args, dict(corpus(name) for name in args.languages))
+        table = {language: losses_row(methods) for language, methods in logs.items()}
+        print_accuracy(table, "held-out bits per byte (relative improvement) ± standard deviation "
+                       "over seeds", lambda base, x: f"{100 * (base - x) / base:+.1f} %")
+        finish(args, table, sweep, "held-out bits per byte saved", lambda base, x: base - x)
+
+
+@contextlib.contextmanager
+def outputs(args):
+    """Inside, no other table is made in --out; what cannot be written is found out before."""
+    args.json = args.json or f"{args.out}/table.json"
+    with train.outputs(args):
+        check_writable(args.png, "--png", PNG, make_folder=True)
+        yield
 
 
 def losses_row(methods):
@@ -117,7 +133,7 @@ def tune(args, data):
     """
     sweep, wanted = {method: {} for method in args.methods}, {}
     for method in args.methods:
-        default = train_args(args.methods[method].split()).lr
+        default = train.parse_args(args.methods[method].split()).lr
         wanted[method] = [default, 2 * default, 4 * default, 8 * default]
     while any(wanted.values()):
         folders = {(method, rate): f"{args.out}/tune/{method}/{rate:g}"
@@ -165,11 +181,12 @@ def train_all(runs, jobs):
 
     A run that fails, or Ctrl-C, stops all; what has finished stays.
     """
+    logs, running = finished(runs), set()
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    logs = {}
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit="run") as bar:
-        futures = {pool.submit(train_one, folder, flags, threads): folder
-                   for folder, flags in runs.items()}
+    with ThreadPoolExecutor(jobs) as pool, \
+            tqdm(total=len(runs), initial=len(logs), unit="run") as bar:
+        futures = {pool.submit(train_one, folder, flags, threads, running): folder
+                   for folder, flags in runs.items() if folder not in logs}
         try:
             for future in as_completed(futures):
                 folder, log = futures[future], future.result()
@@ -179,34 +196,71 @@ def train_all(runs, jobs):
                 bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(running):
+                process.terminate()
             raise
-    return logs
+    return {folder: logs[folder] for folder in runs}
 
 
-def train_one(folder, flags, threads):
-    """Run train.py with its output in folder/train.txt, unless it has run -> log.json."""
-    log = Path(folder, "log.json")
-    if log.exists():
-        refuse_other_flags(log, flags)
-        return read_json(log)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder, "train.txt"), "w") as text:
-        code = subprocess.run(
-            [sys.executable, TRAIN, *flags, "--out", folder, "--resume"], stdout=text, stderr=text,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)}).returncode
+def train_one(folder, flags, threads, running):
+    """Run train.py with its output in folder/train.txt -> log.json. It is in the set `running`
+    while it does."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with open(Path(folder, "train.txt"), "w") as text:
+            process = subprocess.Popen(
+                [sys.executable, WITH_PARENT, str(os.getpid()), TRAIN, *flags, "--out", folder,
+                 "--resume"], stdout=text, stderr=text,
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    except OSError as e:
+        raise BadInput(f"{folder}: cannot be written ({e.strerror})") from None
+    running.add(process)
+    code = process.wait()
+    running.discard(process)
     if code:
         raise BadInput(f"a training failed, see {folder}/train.txt; its command: python train.py "
                        f"{shlex.join(flags)} --out {folder}")
-    return read_json(log)
+    return read_log(folder)
 
 
-def refuse_other_flags(log, flags):
-    """BadInput where a finished run's log.json is of other settings than train.py's `flags`."""
-    done, asked = read_json(log), vars(train_args(flags))
-    for name in MUST_AGREE:
-        if done.get(name) != asked[name]:
-            raise BadInput(f"{log} was made with --{name.replace('_', '-')} {done.get(name)}, not "
-                           f"{asked[name]}; choose another --out, or delete it")
+def read_log(folder):
+    """folder/log.json, with the place where its adapter now is."""
+    log = read_json(Path(folder, "log.json"), LOG)
+    return log | dict(adapter_file=str(Path(folder, "adapter.safetensors")))
+
+
+def finished(runs):
+    """{folder: log.json} of the runs that have ended. BadInput where one was made with other
+    settings, another base or other data than train.py's flags for it name now."""
+    logs, known, unchecked = {}, {}, 0
+    for folder, flags in runs.items():
+        if not Path(folder, "log.json").exists():
+            continue
+        log, asked = read_log(folder), train.parse_args(flags)
+        now = {name: getattr(asked, name) for name in MUST_AGREE}
+        made = log.get("made_with")
+        if isinstance(made, dict):
+            train.fill_targets(asked)
+            now = train.flags_of(asked) | contents(asked, known)
+        else:
+            made, unchecked = log, unchecked + 1
+        other = difference(made, now)
+        if other:
+            raise BadInput(f"{folder}/log.json was made with {other}; choose another --out, or "
+                           "delete it")
+        logs[folder] = log
+    if unchecked:
+        print(f"{unchecked} trainings were written before there were fingerprints; whether their "
+              "base model and data are the same is not checked", file=sys.stderr)
+    return logs
+
+
+def contents(asked, known):
+    """train.contents for train.py's flags; `known` keeps what was read before."""
+    what = asked.weights, asked.adapter == "none", tuple(asked.data or ()), tuple(asked.ext)
+    if what not in known:
+        known[what] = train.contents(asked, train.load_texts(asked))
+    return known[what]
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -253,13 +307,14 @@ def draw(file, table, title, height):
     save_figure(figure, file)
 
 
-def finish(args, table, sweep, **more):
-    """Write a table and its sweep as JSON."""
+def finish(args, table, sweep, title, height, **more):
+    """Write a table and its sweep as JSON, and its figure as `draw` explains."""
     names = ("seeds", "steps", "batch_size", "block_size", "dtype", "weights")
     settings = {name: getattr(args, name) for name in names}
-    file = args.json or f"{args.out}/table.json"
-    write_json(file, dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more))
-    print(f"\nwrote {file} and {args.png}")
+    result = dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more)
+    write_each(partial(write_json, args.json, result),
+               partial(draw, args.png, table, title, height))
+    print(f"\nwrote {args.json} and {args.png}")
 
 
 # ------------------------------------------------------------------------------------- the command

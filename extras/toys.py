@@ -8,7 +8,9 @@ Trainings, learning rates, seeds and what is kept: as in extras/table1.py. Score
 
 Generated programs are untrusted: read the top of extras/sandbox.py.
 """
+import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +20,9 @@ import flora
 from extras import table1, toy_problems
 from extras.passk import (add_consent_flag, check_languages, evaluate_problems, read_problems,
                           require_consent, summary)
+from flora import BadInput, read_json, write_json
 from generate import load_adapters, load_model
-from model import read_json, run_main, write_json
+from model import adapter_digest, base_digest, difference, digest, run_main
 
 METHODS = {  # name in the table: flags of train.py
     "flora-r4": "--adapter flora --rank 4 --targets all",
@@ -31,28 +34,32 @@ METHODS = {  # name in the table: flags of train.py
 def toys(args):
     """Make the problems, train, run programs, print pass@1."""
     require_consent(args)
-    held_out = make_problems(f"{args.out}/problems", ["py", *args.languages])
-    for problems in held_out.values():
-        check_languages(problems)
-    data = {language: ["--data", f"{args.out}/problems/{language}", "--keep-duplicates"]
-            for language in held_out}
-    args.weights = train_base(args, data.pop("py"))
-    logs, sweep = table1.train_table(args, data)
-    table, in_python = score_all(args, held_out, logs)
-    print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, which it "
-          "was trained on")
-    table1.print_accuracy(
-        table, "pass@1 on held-out problems (change) ± standard deviation over seeds",
-        lambda base, x: f"{x - base:+.4f}")
-    table1.draw(args.png, table, "pass@1 on held-out problems", lambda base, x: x)
-    table1.finish(args, table, sweep, base_in_python=in_python)
+    with table1.outputs(args):
+        held_out = make_problems(f"{args.out}/problems", ["py", *args.languages])
+        for problems in held_out.values():
+            check_languages(problems)
+        data = {language: ["--data", f"{args.out}/problems/{language}", "--keep-duplicates"]
+                for language in held_out}
+        args.weights = train_base(args, data.pop("py"))
+        logs, sweep = table1.train_table(args, data)
+        table, in_python = score_all(args, held_out, logs)
+        print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, which it "
+              "was trained on")
+        table1.print_accuracy(
+            table, "pass@1 on held-out problems (change) ± standard deviation over seeds",
+            lambda base, x: f"{x - base:+.4f}")
+        table1.finish(args, table, sweep, "pass@1 on held-out problems", lambda base, x: x,
+                      base_in_python=in_python)
 
 
 def make_problems(folder, languages):
     """Make the toy problems, unless they are there -> {language: its held-out problems}."""
     if not os.path.exists(folder):
-        toy_problems.main(f"{folder}.tmp")
-        os.replace(f"{folder}.tmp", folder)
+        try:
+            toy_problems.main(f"{folder}.tmp")
+            os.replace(f"{folder}.tmp", folder)
+        except OSError as e:
+            raise BadInput(f"{folder}: cannot be written ({e.strerror})") from None
     return {language: read_problems(f"{folder}/{language}.jsonl") for language in languages}
 
 
@@ -73,12 +80,16 @@ def score_all(args, held_out, logs):
     the base's pass@1 in Python)
     """
     model, tokenizer = load_model(args)
+    now = dict(samples=args.samples, dtype=args.dtype, quantize=args.quantize,
+               base=base_digest(args.weights))
 
     def score(language, adapter, file):
+        problems = digest(json.dumps(held_out[language]))
+        made = now | dict(adapter_file=adapter_digest(adapter), problems=problems)
         if not os.path.exists(file):
             counts = run_adapter(model, tokenizer, adapter, held_out[language], args.samples)
-            write_json(file, dict(counts=counts))
-        counts = [Counter(outcomes) for outcomes in read_json(file)["counts"]]
+            write_json(file, dict(counts=counts, made_with=made))
+        counts = [Counter(outcomes) for outcomes in read_score(file, made)["counts"]]
         return summary(held_out[language], counts, [1])[0]["pass@1"]
 
     in_python = score("py", "none", f"{args.weights}/pass.json")
@@ -97,6 +108,18 @@ def score_all(args, held_out, logs):
                 table[language][method] = table1.over_seeds(
                     passed, parameters=seeds[0]["trainable_parameters"])
     return table, in_python
+
+
+def read_score(file, made):
+    """A file of counts. BadInput where other settings, another model or other problems made it."""
+    stored = read_json(file, {"counts": [{}], "made_with?": {}})
+    other = difference(stored.get("made_with") or {}, made)
+    if other:
+        raise BadInput(f"{file} was made with {other}; choose another --out, or delete it")
+    if not stored.get("made_with"):
+        print(f"{file}: was written before there were fingerprints; whether the model and the "
+              "problems are the same is not checked", file=sys.stderr)
+    return stored
 
 
 def run_adapter(model, tokenizer, adapter, problems, samples):

@@ -14,7 +14,7 @@ from extras import languages, passk
 from extras.passk import Problem, read_problems, sample_completions
 from extras.tests.test_languages import MULTIPL_E, needs
 from flora import BASE, BadInput
-from model import EMBEDDED, GPT, Tokenizer
+from model import EMBEDDED, GPT, Tokenizer, locked
 from test_flora import FIXTURES, write_jsonl
 
 
@@ -237,7 +237,7 @@ def test_results_of_another_base_adapter_or_interpreter_are_not_taken(
     with pytest.raises(BadInput, match="was made without a note of its base; move"):
         main(adapter=renamed)
     results.write_text(made)
-    with flora.locked(str(results), "--results"):
+    with locked(str(results), "--results"):
         with pytest.raises(BadInput, match="another process is writing there"):
             main(adapter=renamed)
     assert results.read_text() == made
