@@ -36,10 +36,11 @@ from torch import nn
 from tqdm import tqdm
 
 import flora
-from flora import JSON, PNG, BadInput, check_writable, extra, write_each, write_json
+from flora import BadInput, extra, write_json
 from generate import new_engine
-from model import (GPT, PRESETS, Tokenizer, add_common_flags, check_numbers, get_device,
-                   model_from_config, preset, run_main, save_figure)
+from model import (GPT, JSON, PNG, PRESETS, Tokenizer, add_common_flags, check_numbers,
+                   check_writable, get_device, model_from_config, preset, run_main, save_figure,
+                   write_each)
 
 BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s

@@ -19,9 +19,9 @@ from functools import partial
 import torch
 
 import flora
-from flora import BASE, JSON, BadInput, check_writable
-from model import (GPT, Tokenizer, add_common_flags, check_numbers, get_device, run_main,
-                   write_json)
+from flora import BASE, BadInput
+from model import (GPT, JSON, Tokenizer, add_common_flags, check_numbers, check_writable,
+                   get_device, run_main, write_json)
 
 
 # ----------------------------------------------------------------------------------------- sampling

@@ -7,7 +7,9 @@ in extras/ (llama.py) and are found by their config.json's model_type.
 
 Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
+import contextlib
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -24,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import (AdapterLinear, BadInput, check, check_weights, digest_files, existing_file, extra,
-                   is_a, open_output, read_json, save_tensors, write_json)
+from flora import (AdapterLinear, BadInput, check, check_weights, existing_file, extra, is_a,
+                   load_tensors, open_file, open_output, read_json, save_tensors, stands, temporary,
+                   write_json)
 
 
 @dataclass
@@ -797,6 +800,141 @@ def save_figure(figure, file, dpi=130):
     figure.tight_layout()
     with open_output(file) as f:
         figure.savefig(f, format="png", dpi=dpi)
+
+
+# Outputs: found out before the work, written after it, by one process at a time
+
+JSON, PNG = (b"{", b"["), (b"\x89PNG",)   # how such files begin
+
+
+def check_writable(file, flag, begins=None, make_folder=False):
+    """BadInput, before the work, if `file`, which `flag` names, could not be written after it: for
+    want of a folder, a permission or room for a small file, or because what is there is not of the
+    kind that would replace it (`begins`: JSON or PNG). Nothing for None."""
+    if file is None:
+        return
+    target, held = os.path.realpath(file), b""
+    try:
+        if os.path.isdir(target) or not os.path.basename(file):
+            raise BadInput(f"{flag} {file}: is a folder; name a file")
+        if stands(file):
+            return
+        if make_folder:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.exists(target):
+            with open(target, "r+b") as f:
+                held = f.read(64).lstrip()
+        with temporary(target) as f:
+            f.write(bytes(4096))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise BadInput(f"{flag} {file}: cannot be written ({e.strerror})") from None
+    if begins and held and not held.startswith(begins):
+        raise BadInput(f"{flag} {file}: holds something else than this writes; move it away, or "
+                       f"choose another {flag}")
+
+
+def write_each(*writes):
+    """Call all of these functions, also after one that raises BadInput, which is raised last."""
+    failed = []
+    for write in writes:
+        try:
+            write()
+        except BadInput as e:
+            failed.append(str(e))
+    if failed:
+        raise BadInput("; ".join(failed))
+
+
+@contextlib.contextmanager
+def locked(path, flag):
+    """Inside, this process alone writes `path`, a folder or a file; BadInput if another one does.
+    The lock dies with its process. flag names the path."""
+    import fcntl   # POSIX
+    folder, mine = os.path.isdir(path), False
+    if stands(path) and not folder:
+        yield
+        return
+    path = os.path.realpath(path)
+    lock = path if folder else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
+    try:
+        handle = os.open(lock, os.O_RDONLY | (0 if folder else os.O_CREAT), 0o666)
+    except OSError as e:
+        raise BadInput(f"{flag} {path}: cannot be written ({e.strerror})") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.stat(lock), os.fstat(handle))   # not removed meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError:   # a file system without locks
+            mine = True
+        if not mine:
+            raise BadInput(f"{flag} {path}: another process is writing there; wait for its end, or "
+                           f"choose another {flag}")
+        yield
+    finally:
+        if mine and not folder:
+            os.unlink(lock)
+        os.close(handle)
+
+
+# Identity is content, not a name
+
+
+def digest(*parts):
+    """16 hexadecimal digits for texts or bytes, in this order: others have others."""
+    total = hashlib.sha256()
+    for part in parts:
+        part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        total.update(hashlib.sha256(part).digest())
+    return total.hexdigest()[:16]
+
+
+def digest_files(files):
+    """The digest of several files' names and contents."""
+    sums = []
+    for file in files:
+        content = hashlib.sha256()
+        with open_file(file, "rb") as f:
+            while chunk := f.read(1 << 22):
+                content.update(chunk)
+        sums += [os.path.basename(file), content.digest()]
+    return digest(*sums)
+
+
+def adapter_digest(name):
+    """The digest of what an adapter file or PEFT folder computes; None for "none", the base model."""
+    if name == "none":
+        return None
+    if os.path.isdir(name):
+        inside = [os.path.join(name, file) for file in sorted(os.listdir(name))]
+        return digest_files(f for f in inside if f.endswith((".json", ".safetensors")))
+    tensors, metadata = load_tensors(name)
+    metadata = {key: value for key, value in (metadata or {}).items() if key != "training"}
+    parts = [json.dumps(metadata, sort_keys=True)]
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous().reshape(-1)
+        parts += [key, f"{tensors[key].dtype} {list(tensors[key].shape)}",
+                  tensor.view(torch.uint8).numpy().tobytes()]
+    return digest(*parts)
+
+
+CONTENT = {   # settings that are digests: what a difference means
+    "base": "another base model", "data": "other data", "adapter_file": "another adapter",
+    "lora": "another LoRA", "problems": "other problems"}
+
+
+def difference(made, now):
+    """In what the settings with which something was `made` differ from those of `now`, as words
+    that follow "was made with"; None if in nothing. What `made` lacks is not compared."""
+    for name, value in now.items():
+        if name in made and made[name] != value:
+            if name in CONTENT:
+                return f"{CONTENT[name]} (fingerprint {made[name]}, not {value})"
+            return f"--{name.replace('_', '-')} {made[name]}, not {value}"
+    return None
 
 
 def run_main(main):

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput, write_json
-from model import (EMBEDDED, GPT, Tokenizer, add_common_flags, base_digest, check_numbers, get_device,
-                   model_class, read_config, run_main)
+from model import (EMBEDDED, GPT, JSON, Tokenizer, adapter_digest, add_common_flags, base_digest,
+                   check_numbers, check_writable, difference, digest, get_device, locked,
+                   model_class, read_config, run_main, write_each)
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 # torchrun's: this process's number and how many there are; without torchrun there is one.
@@ -377,8 +378,8 @@ def contents(args, texts):
     """The digests of what a run learns from -> {"base", "data", "lora"}."""
     scratch = args.adapter == "none" and args.weights is None
     return dict(base=None if scratch else base_digest(args.weights or EMBEDDED),
-                data=flora.digest(*texts[0], "held out:", *texts[1]),
-                lora=flora.adapter_digest(args.from_lora) if args.from_lora else None)
+                data=digest(*texts[0], "held out:", *texts[1]),
+                lora=adapter_digest(args.from_lora) if args.from_lora else None)
 
 
 def save_checkpoint(step, parameters, optimizer, log, args):
@@ -434,7 +435,7 @@ def check_same(checkpoint, args):
         now = now | {key: getattr(args, key, None) for key in then}
         say(f"{file}: was written before checkpoints had fingerprints; whether base, data, --clip, "
             "--dtype and --eval-tokens are the same is not checked")
-    other = flora.difference(then, now)
+    other = difference(then, now)
     if other:
         raise BadInput(f"{file} was made with {other}; give the same flags to --resume")
 
@@ -487,10 +488,10 @@ def outputs(args):
         os.makedirs(args.out, exist_ok=True)
     except OSError as e:
         raise BadInput(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
-    with flora.locked(args.out, "--out") if RANK == 0 else contextlib.nullcontext():
+    with locked(args.out, "--out") if RANK == 0 else contextlib.nullcontext():
         if RANK == 0:
-            flora.check_writable(str(Path(args.out, "log.json")), "--out", flora.JSON)
-            flora.check_writable(args.json, "--json", flora.JSON)
+            check_writable(str(Path(args.out, "log.json")), "--out", JSON)
+            check_writable(args.json, "--json", JSON)
         yield
 
 
@@ -599,7 +600,7 @@ def finish(args, report, hint, save):
         f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
         f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")
     files = {str(Path(args.out, "log.json")), args.json} - {None}
-    flora.write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
+    write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
     say(f"saved {report['adapter_file'] or args.out}; try it:\n"
         f"  python generate.py {hint} --prompt 'namespace at {{'")
     return report

@@ -27,9 +27,9 @@ import flora
 from bench import (Row, benched_layer, check_agreement, default, example, in_turns,
                    install, make_adapter_sets, measured_inflection, print_table, seconds, serve,
                    tell_rank, throughput_of)
-from flora import PNG, BadInput, check_writable, read_json
+from flora import BadInput, read_json
 from generate import new_engine
-from model import save_figure
+from model import PNG, check_writable, save_figure
 
 from .ffba import own_columns
 

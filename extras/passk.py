@@ -36,10 +36,10 @@ from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, c
                               interpreter_of, run_program, why_broken)
 from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results,
                              rewrite_results)
-from flora import (JSON, BadInput, adapter_digest, check_writable, difference, digest, locked,
-                   write_json)
+from flora import BadInput, write_json
 from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
-from model import add_common_flags, base_digest, run_main
+from model import (JSON, adapter_digest, add_common_flags, base_digest, check_writable, difference,
+                   digest, locked, run_main)
 
 HUMANEVAL_KEYS = ("task_id", "prompt", "test", "entry_point")
 HUMANEVAL_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]   # of the Codex paper
@@ -417,7 +417,7 @@ def identity_of(args):
                     timeout=args.timeout, compile_timeout=args.compile_timeout)
     if not args.completions:
         identity |= dict(base=base_digest(args.weights),
-                         adapter_content=adapter_digest(args.adapter))
+                         adapter_file=adapter_digest(args.adapter))
         for name in ("dtype", "quantize", "max_new_tokens", "temperature", "top_p", "seed"):
             identity[name] = getattr(args, name)
     return identity

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import flora
 import generate
-from flora import BASE, BadInput, check_writable, difference, locked, open_output, stands
-from model import base_digest
+from flora import BASE, BadInput, open_output, stands
+from model import adapter_digest, base_digest, check_writable, difference, locked
 
 KEYS = {   # {key of a request: its type}
     "prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
@@ -186,7 +186,7 @@ def made_with(args, requests):
 
 def adapter_content(name):
     try:
-        return flora.adapter_digest(name)
+        return adapter_digest(name)
     except BadInput:   # which its requests are told later
         return "unreadable"
 

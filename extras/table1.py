@@ -25,8 +25,9 @@ import torch
 from tqdm import tqdm
 
 import train
-from flora import PNG, BadInput, check_writable, difference, read_json, write_each, write_json
-from model import add_common_flags, run_main, save_figure
+from flora import BadInput, read_json, write_json
+from model import (PNG, add_common_flags, check_writable, difference, run_main, save_figure,
+                   write_each)
 
 TRAIN = train.__file__
 WITH_PARENT = str(Path(__file__).with_name("with_parent.py"))

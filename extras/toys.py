@@ -22,7 +22,7 @@ from extras.passk import (add_consent_flag, check_languages, evaluate_problems, 
                           require_consent, summary)
 from flora import BadInput, read_json, write_json
 from generate import load_adapters, load_model
-from model import base_digest, run_main
+from model import adapter_digest, base_digest, difference, digest, run_main
 
 METHODS = {  # name in the table: flags of train.py
     "flora-r4": "--adapter flora --rank 4 --targets all",
@@ -84,8 +84,8 @@ def score_all(args, held_out, logs):
                base=base_digest(args.weights))
 
     def score(language, adapter, file):
-        problems = flora.digest(json.dumps(held_out[language]))
-        made = now | dict(adapter_file=flora.adapter_digest(adapter), problems=problems)
+        problems = digest(json.dumps(held_out[language]))
+        made = now | dict(adapter_file=adapter_digest(adapter), problems=problems)
         if not os.path.exists(file):
             counts = run_adapter(model, tokenizer, adapter, held_out[language], args.samples)
             write_json(file, dict(counts=counts, made_with=made))
@@ -113,7 +113,7 @@ def score_all(args, held_out, logs):
 def read_score(file, made):
     """A file of counts. BadInput where other settings, another model or other problems made it."""
     stored = read_json(file, {"counts": [{}], "made_with?": {}})
-    other = flora.difference(stored.get("made_with") or {}, made)
+    other = difference(stored.get("made_with") or {}, made)
     if other:
         raise BadInput(f"{file} was made with {other}; choose another --out, or delete it")
     if not stored.get("made_with"):
