@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -1112,6 +1113,13 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     ("generate", "--prompt-file {empty}/x", "not readable as UTF-8 text"),
     ("generate", "--prompt a --temperature -1", "--temperature and --top-k must be at least 0"),
     ("generate", "--prompt a --json {empty}/no/x.json", "x.json: cannot be written"),
+    ("generate", "--prompt a --json {empty}", "empty: is a folder; name a file"),
+    ("generate", "--prompt a --json {short}/a.h", "a.h: holds something else than this writes"),
+    ("generate", "--prompt a --stop=", "--stop is empty"),
+    ("generate", "--prompt a --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("generate", "--prompt caf\udce9", "is not Unicode"),
+    ("train", "--json {short}/a.h", "a.h: holds something else than this writes"),
+    ("train", "--plot {short}/log.json --out {short}/a.h", "a.h: holds something else than this writes"),
 ])
 def test_bad_input_is_one_sentence_and_exit_status_2(
         script, flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
@@ -1387,6 +1395,159 @@ def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
                 model.lm_head.weight.add_(torch.randn(97, 64))
     model(torch.tensor([prompt]), torch.tensor([1])).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in flora.adapter_parameters(model, 1).values())
+
+
+# ------------------------------------------------------------------- outputs, locks and identity
+
+
+def test_an_output_is_written_in_one_piece_or_as_it_stands(tmp_path, capfd):
+    file, link, pipe = tmp_path / "a.json", tmp_path / "link.json", tmp_path / "pipe"
+    flora.write_json(file, {"a": 1})
+    file.chmod(0o604)
+    link.symlink_to(file)
+    flora.write_json(link, {"b": 2})
+    assert link.is_symlink() and json.loads(file.read_text()) == {"b": 2}
+    assert file.stat().st_mode & 0o777 == 0o604
+    for device in ("/dev/null", "/dev/stdout"):
+        before = os.stat(device).st_ino, os.stat(device).st_mode
+        flora.write_json(device, {"c": 3})
+        flora.save_tensors({"a": torch.ones(3)}, "/dev/null", {})
+        assert (os.stat(device).st_ino, os.stat(device).st_mode) == before
+    assert json.loads(capfd.readouterr().out) == {"c": 3}
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    flora.write_json(pipe, {"d": 4})
+    assert json.loads(reader.communicate()[0]) == {"d": 4} and pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "link.json", "pipe"]
+
+
+def test_what_cannot_be_written_in_full_leaves_what_was_there(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    tensors = {"a": torch.ones(10_000)}
+    file, hard = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    writes = [lambda: flora.save_tensors(tensors, file, {}), lambda: flora.write_json(file, ["a" * 10_000])]
+
+    def save():
+        with flora.open_output(file) as f:
+            torch.save(tensors, f)
+
+    for write in [*writes, save]:
+        file.write_text("{} before")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        try:
+            with pytest.raises(BadInput, match="file: cannot be written .*File too large"):
+                write()
+            flora.check_writable(str(file), "--json", flora.JSON)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        assert file.read_text() == "{} before" and os.listdir(tmp_path) == ["file"]
+        write()
+    with pytest.raises(BadInput, match="/dev/full: cannot be written .No space left"):
+        flora.write_json("/dev/full", {})
+
+
+def test_outputs_are_checked_before_the_work(tmp_path):
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "old.json").write_text("[1]")
+    for name, kind, sentence in [
+            ("", None, "is a folder"), ("no/x.json", None, "No such file"), ("no/", None, "is a folder"),
+            ("text/x.json", None, "Not a directory"), ("a" * 300, None, "File name too long"),
+            ("text", flora.JSON, "holds something else"), ("old.json", flora.PNG, "holds something else")]:
+        with pytest.raises(BadInput, match=f"--json .*{sentence}"):
+            flora.check_writable(os.path.join(tmp_path, name), "--json", kind)
+    flora.check_writable(str(tmp_path / "old.json"), "--json", flora.JSON)
+    flora.check_writable(str(tmp_path / "new" / "x.png"), "--png", flora.PNG, make_folder=True)
+    assert sorted(os.listdir(tmp_path)) == ["new", "old.json", "text"] and not os.listdir(tmp_path / "new")
+    calls = []
+
+    def broken():
+        calls.append(1)
+        raise BadInput("one cannot be written")
+
+    with pytest.raises(BadInput, match="one cannot be written; one cannot be written"):
+        flora.write_each(broken, lambda: calls.append(2), broken)
+    assert calls == [1, 2, 1]
+
+
+def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
+    holder = "import sys, time, flora\nwith flora.locked(sys.argv[1], '--out'):\n print(1, flush=True); time.sleep(99)"
+    for path in (tmp_path, tmp_path / "file"):
+        process = subprocess.Popen([sys.executable, "-c", holder, path], stdout=subprocess.PIPE, cwd=HERE)
+        process.stdout.readline()
+        with pytest.raises(BadInput, match="another process is writing there"), flora.locked(path, "--out"):
+            pass
+        process.kill()
+        process.wait()
+        with flora.locked(path, "--out"):
+            pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoint(tiny_folder, tmp_path):
+    flags, checkpoint = ["--steps", 150], tmp_path / "cut" / "checkpoint.pt"
+    process = start_train(tiny_folder, tmp_path / "cut", *flags)
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(BadInput, match="--out .*cut: another process is writing there"):
+        run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    process.send_signal(signal.SIGCONT)
+    printed = process.communicate()[0]
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "cannot be written (File too large)" in printed and "the last good checkpoint is kept in" in printed
+    assert train.load_checkpoint(checkpoint)["step"] >= 10
+    resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
+    uncut = run_train(tiny_folder, tmp_path / "uncut", *flags)
+    assert [p["heldout_loss"] for p in resumed["log"]] == [p["heldout_loss"] for p in uncut["log"]]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_resume_tells_bases_and_data_apart_by_their_contents(tiny_folder, tmp_path, monkeypatch, capsys):
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    for i, file in enumerate(sorted(Path(HEADERS).parent.glob("*.h"))[:12]):
+        shutil.copy(file, data / f"{i}.h")
+    shutil.copytree(tiny_folder, other)
+    tensors = load_file(other / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[1] += 1   # one weight of the base
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    flags = [tiny_folder, tmp_path / "out", "--steps", 4, "--adapter", "lora"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "over_processes", lambda loss, asked: (loss.item(), True))
+        run_train(*flags, "--data", data)
+    shutil.copytree(data, tmp_path / "moved")
+    (data / "0.h").write_text("int changed;\n" * 50)
+    moved = [*flags, "--data", tmp_path / "moved", "--resume"]
+    for more, sentence in [
+            (["--data", data], "made with other data"), (["--weights", other], "made with another base model"),
+            (["--eval-tokens", 99], "made with --eval-tokens 500, not 99"), (["--clip", 2], "--clip 1.0, not 2.0"),
+            (["--dtype", "bfloat16"], "made with --dtype float32, not bfloat16"),
+            (["--lr", 1], "made with --lr 0.001, not 1.0")]:
+        with pytest.raises(BadInput, match=f"checkpoint.pt was {sentence if 'made' in sentence else '.*' + sentence}"):
+            run_train(*moved, *more)
+    file = tmp_path / "out" / "checkpoint.pt"
+    checkpoint = train.load_checkpoint(file)
+    assert run_train(*moved)["log"][-1]["step"] == 4
+    for name in ("base", "data", "lora", "clip", "dtype", "eval_tokens"):   # as it was written before
+        del checkpoint["args"][name]
+    torch.save(checkpoint | dict(args=checkpoint["args"] | dict(data=[str(tmp_path / "moved")])), file)
+    capsys.readouterr()
+    assert run_train(*moved)["log"][-1]["step"] == 4
+    assert "is not checked" in capsys.readouterr().out
+
+
+def test_a_prompt_that_cannot_be_run_fails_alone(tiny_folder, tmp_path, monkeypatch, capsys):
+    argv = ["generate.py", "--weights", tiny_folder, "--max-new-tokens", 3, "--json", tmp_path / "o.json",
+            "--prompt", "int a", "--prompt", "caf\udce9", "--prompt", "x," * 40, "--prompt", "int b"]
+    with pytest.raises(SystemExit) as exit:
+        run_script(generate.main, argv, monkeypatch)
+    printed, rows = capsys.readouterr(), json.loads((tmp_path / "o.json").read_text())
+    assert exit.value.code == 2 and "[1] int a" in printed.out and "[4] int b" in printed.out
+    assert "prompt 2: a text holds half of a surrogate pair" in printed.err and "prompt 3: a prompt has" in printed.err
+    assert [row["error"] is None for row in rows] == [True, False, False, True]
+    alone = generate.generate(GPT.from_pretrained(tiny_folder), [Tokenizer(tiny_folder).encode("int b")], max_new_tokens=3)
+    assert rows[3]["tokens"] == alone[0] and rows[1]["tokens"] == rows[2]["tokens"] == []
 
 
 # ------------------------------------------------------------------------------------ command lines
