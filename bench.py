@@ -298,8 +298,9 @@ def predict(bench, bandwidth, flops):
     slots, results = bench.args.slots, bench.result["rows"]
     layer = benched_layer(bench.model)
     balance = flops / bandwidth * bench.dtype.itemsize / 2
-    loras = [name for name, row in bench.rows.items() if row.kind == "lora"]
-    floras = [name for name, row in bench.rows.items() if row.kind == "flora"]
+    ran = dict.fromkeys(name for name, _ in bench.variants)
+    loras = [name for name in ran if bench.rows[name].kind == "lora"]
+    floras = [name for name in ran if bench.rows[name].kind == "flora"]
     return dict(
         eq7=dict(predicted=predict_inflection(layer, slots, 1, bench.device, bench.dtype),
                  measured={name: measured_inflection(results, name) for name in loras}),

@@ -156,7 +156,7 @@ def test_a_refused_completion_fails_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(passk, "run_program", None)   # nothing is left to run
     run_passk(monkeypatch, *flags)
     given.write_text(given.read_text().replace("a + b\"", "b + a\""))
-    with pytest.raises(BadInput, match="was made with another completion 0 of [ab] of py.jsonl; move"):
+    with pytest.raises(BadInput, match="was made with another completion 0 of [ab] of py.jsonl"):
         run_passk(monkeypatch, *flags)
 
 
