@@ -1607,6 +1607,17 @@ def check_bench_result(result, printed, folder):
     assert f"free rank: {balance:.1f} rows" in printed
 
 
+def test_bench_prints_and_draws_what_it_measured_when_the_results_cannot_be_written(served_folder, tmp_path):
+    common = ["--weights", served_folder, "--ranks", 1, "--num-requests", 2, "--scale", 0.02, "--repeats", 1,
+              "--slots", 2, "--num-adapters", 1, "--mode", "throughput", "--rows", "flora"]
+    run = script("bench.py", *common, "--json", "/dev/full", "--png", tmp_path / "new" / "b.png")
+    assert run.returncode == 2 and "/dev/full: cannot be written (No space left" in run.stderr
+    assert "tokens/s" in run.stdout and (tmp_path / "new" / "b.png").read_bytes().startswith(b"\x89PNG")
+    for flag in ("--json", "--png"):
+        run = script("bench.py", *common, flag, tmp_path, cwd=tmp_path)
+        assert run.returncode == 2 and f"{flag} {tmp_path}: is a folder" in run.stderr and not run.stdout
+
+
 def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
     for flags, sentence in [
             (["--ranks", "0"], "--ranks is 0; use a whole number of at least 1"), (["--num-adapters", "0"], "--num-adapters is 0"),

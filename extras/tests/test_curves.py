@@ -16,10 +16,13 @@ def test_plot_draws_runs_as_png(tmp_path, monkeypatch):
     run_script(train.main, ["train.py", "--plot", tmp_path / "a.json", tmp_path / "b.json",
                             "--out", tmp_path / "runs.png"], monkeypatch)
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="2"):   # not into a folder's name
+        train.parse_args(["--plot", str(tmp_path / "a.json")])
 
 
 @pytest.mark.parametrize("flags,sentence", [
-    ("--plot {short}/a.h", "a.h: not readable as JSON")])
+    ("--plot {short}/a.h --out {empty}/a.png", "a.h: not readable as JSON"),
+    ("--plot {short}/a.h --out {empty}", "--out")])
 def test_bad_input_is_one_sentence_and_exit_status_2(
         flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
     check_bad_input("train", flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch,

@@ -1,8 +1,13 @@
 """A base model trained by train.py --adapter none: from scratch, or further."""
+import os
+import resource
+import shutil
+
 import pytest
 
 import generate
 import train
+from flora import BadInput
 from model import GPT, Tokenizer
 from test_flora import HEADERS, check_training, check_two_processes
 
@@ -32,3 +37,35 @@ def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
 
 def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
     check_two_processes("none", tiny_folder, tmp_path)
+
+
+def test_a_base_trained_into_the_folder_of_a_model_replaces_it_at_the_end_all_at_once(
+        tiny_folder, tmp_path, monkeypatch):
+    """Until then, and after a kill or a full disk, the model that was there is there."""
+    out = shutil.copytree(tiny_folder, tmp_path / "base")
+    (out / "added_tokens.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    flags = ["--adapter", "none", "--data", HEADERS, "--steps", "3", "--block-size", "32", "--n-layer", "1",
+             "--n-head", "2", "--n-embd", "16", "--vocab-size", "500", "--eval-tokens", "500", "--out", str(out)]
+
+    def unchanged():
+        return all((out / name).read_bytes() == content for name, content in before.items())
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "over_processes", lambda loss, asked: (loss.item(), True))
+        train.train(train.parse_args(flags))
+    assert unchanged() and (out / "checkpoint.pt").exists()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="model.safetensors: cannot be written"):
+        patch.setattr(train, "save_checkpoint", lambda *args: None)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
+        try:
+            train.train(train.parse_args([*flags, "--resume"]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert unchanged()
+    train.train(train.parse_args([*flags, "--resume"]))
+    assert GPT.from_pretrained(out).config.n_layer == 1 and Tokenizer(out).vocab_size == 500
+    assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.json", "model.safetensors", "tokenizer.model"]
+    train.train(train.parse_args([*flags, "--resume"]))   # of a finished run: the same
+    assert Tokenizer(out).vocab_size == 500

@@ -1,14 +1,24 @@
 """extras/requests.py: JSONL in, JSONL out, and an interrupted run that is completed."""
 import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import flora
 import generate
 from extras import requests as requests_file
 from flora import BASE, BadInput
 from model import EMBEDDED, GPT, Tokenizer
-from test_flora import script, trained, write_jsonl
+from test_flora import FIXTURES, HERE, script, trained, write_jsonl
 
 
 def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
@@ -62,8 +72,153 @@ def test_requests_that_make_no_sense_are_refused_in_a_sentence(tmp_path):
             requests_file.read_requests(str(file), {})
     with pytest.raises(BadInput, match="nothing.jsonl: not readable"):
         requests_file.read_requests(str(tmp_path / "nothing.jsonl"), {})
-    for flags in (["--requests", file], ["--requests", file, "--results", file, "--prompt", "x"],
-                  ["--requests", file, "--results", file, "--slots", "0"]):
+    for flags in (["--requests", file], ["--requests", file, "--results", file, "--prompt", "x"]):
         with pytest.raises(SystemExit) as exit:
             generate.parse_args(list(map(str, flags)))
         assert exit.value.code == 2
+    with pytest.raises(BadInput, match="--slots is 0; use a whole number of at least 1"):
+        generate.parse_args(["--requests", str(file), "--results", str(file), "--slots", "0"])
+
+
+@pytest.fixture
+def tiny_requests(tmp_path):
+    """A lists of requests over fixtures/tiny, the flags for them, and the file of results."""
+    model = GPT.from_pretrained(FIXTURES / "tiny")
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        adapter_id = trained(model, flora.add_adapter(model, "lora", 2))
+        flora.save_adapter(model, adapter_id, str(tmp_path / f"{name}.safetensors"), dict(seed=seed))
+    lines = [dict(prompt=f"def f{i}(", max_new_tokens=3) for i in range(6)]
+    return lines, tmp_path / "out.jsonl", [
+        "--weights", FIXTURES / "tiny", "--adapter", tmp_path / "a.safetensors",
+        "--requests", write_jsonl(tmp_path / "in.jsonl", lines), "--results", tmp_path / "out.jsonl"]
+
+
+def serve(*flags):
+    requests_file.serve(generate.parse_args([str(flag) for flag in flags]))
+
+
+def rows_of(file):
+    return {row["line"]: row for row in map(json.loads, file.read_text().splitlines())}
+
+
+def test_results_of_another_adapter_base_or_dtype_are_refused(tiny_requests, tmp_path, capsys):
+    """By content: a retrained adapter at the same path differs, a moved one does not."""
+    _, results, flags = tiny_requests
+    serve(*flags)
+    before = results.read_bytes()
+    other = shutil.copytree(FIXTURES / "tiny", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | dict(layer_norm_epsilon=0.01)))
+    for more, sentence in [
+            (["--dtype", "bfloat16"], "--dtype float32, not bfloat16"), (["--truncate"], "--truncate False, not True"),
+            (["--quantize", "int8"], "--quantize None, not int8"), (["--weights", other], "another base model"),
+            (["--adapter", tmp_path / "b.safetensors"], "another adapter")]:
+        with pytest.raises(BadInput, match=f"--results .*out.jsonl: line . was made with {sentence}.*; move the file away"):
+            serve(*flags, *more) if more[0] != "--adapter" else serve(*replaced(flags, *more))
+    shutil.copy(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
+    serve(*replaced(flags, "--adapter", tmp_path / "moved.safetensors"))
+    os.replace(tmp_path / "b.safetensors", tmp_path / "a.safetensors")   # retrained
+    with pytest.raises(BadInput, match="was made with another adapter"):
+        serve(*flags)
+    assert results.read_bytes() == before and "0 requests" in capsys.readouterr().err
+    old = [{key: value for key, value in row.items() if key != "made_with"} for row in rows_of(results).values()]
+    write_jsonl(results, old)
+    serve(*flags)
+    assert "6 results, written before results had fingerprints" in capsys.readouterr().err
+
+
+def replaced(flags, flag, value):
+    i = flags.index(flag)
+    return [*flags[:i], flag, value, *flags[i + 2:]]
+
+
+def test_a_file_that_is_not_of_results_is_kept_and_a_damaged_line_lost_alone(tiny_requests, capsys):
+    _, results, flags = tiny_requests
+    serve(*flags)
+    uncut = results.read_bytes()
+    for text in (b"notes\n", b'{"a": 1}', b"[1]\n" + uncut, uncut + b"{}\n", b"\x00\xff\n", b'{\n "line": 1\n}\n',
+                 b'{"line": [1]}\n', b'{"line": true}\n', b'{"other": "cut of'):
+        results.write_bytes(text)
+        with pytest.raises(BadInput, match="--results .*(is not a file of results|is not a result); move the file away"):
+            serve(*flags)
+        assert results.read_bytes() == text
+    lines = uncut.split(b"\n")
+    for damaged in (lines[1][:20], b"\x00" * 9 + lines[1], b"[" * 100_000, lines[1][:30] + lines[2]):
+        results.write_bytes(b"\n".join([lines[0], damaged, *lines[2:]]))
+        serve(*flags)
+        assert sorted(results.read_bytes().splitlines()) == sorted(lines[:-1])
+        printed = capsys.readouterr().err
+        assert "line 2 is damaged; it is done again" in printed and "1 requests, 0 failed" in printed
+    for cut in (b"", b'{"li', lines[0][:40], lines[0]):   # killed within the first line
+        results.write_bytes(cut)
+        serve(*flags)
+        assert sorted(results.read_bytes().splitlines()) == sorted(lines[:-1])
+
+
+def test_a_second_start_a_kill_and_a_full_disk_lose_nothing(tiny_requests, tmp_path):
+    _, results, flags = tiny_requests
+    requests = [dict(prompt="x" * (i % 15), max_new_tokens=5) for i in range(400)]
+    write_jsonl(tmp_path / "in.jsonl", requests)
+    command = [sys.executable, HERE / "generate.py", *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (results.exists() and results.stat().st_size) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(BadInput, match="--results .*out.jsonl: another process is writing there"):
+        serve(*flags)
+    process.kill()
+    process.wait()
+    kept = results.read_bytes()
+    kept = kept[:kept.rindex(b"\n") + 1]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (len(kept) + 5000, len(kept) + 5000))
+    printed = process.communicate()[1]
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "cannot be written (File too large); the results in it are kept" in printed
+    assert results.read_bytes().startswith(kept) and results.read_bytes().endswith(b"}\n")
+    serve(*flags)
+    rows = rows_of(results)
+    assert sorted(rows) == list(range(1, 401)) and len(results.read_text().splitlines()) == 400
+    assert results.read_bytes().startswith(kept) and all(row["error"] is None for row in rows.values())
+    assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".lock"))]
+
+
+def test_results_go_to_pipes_and_links_as_they_stand(tiny_requests, tmp_path):
+    _, results, flags = tiny_requests
+    serve(*flags)
+    expected = sorted(results.read_text().splitlines())
+    for target in ("/dev/stdout", "/dev/fd/1"):
+        run = script("generate.py", *replaced(flags, "--results", target))
+        assert run.returncode == 0 and sorted(run.stdout.splitlines()) == expected, run.stderr
+    serve(*replaced(flags, "--results", "/dev/null"))
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "r.jsonl")
+    serve(*replaced(flags, "--results", tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert sorted((tmp_path / "elsewhere" / "r.jsonl").read_text().splitlines()) == expected
+    with pytest.raises(BadInput, match="in.jsonl: line 1 is not a result"):   # the requests themselves
+        serve(*replaced(flags, "--results", tmp_path / "in.jsonl"))
+
+
+@pytest.mark.parametrize("bad,sentence", [
+    ('"smile \\ud83d"', "half of a surrogate pair"), ('"a", "seed": 99999999999999999999', "seed is 9999"),
+    ('"a", "top_k": 99999999999999999999', "top_k is 9999"), ('"a", "temperature": 1' + "0" * 400, "temperature is 1000"),
+    ('"a", "seed": 1' + "0" * 5000, "seed is inf, which is no whole number"), ('"a", "temperature": NaN', "temperature nan"),
+    ('"a", "temperature": 1e999', "temperature is inf"), ('"a", "max_new_tokens": 0', "max_new_tokens is 0"),
+    ('"a", "max_new_tokens": "9"', "max_new_tokens is '9', which is no whole number"), ('7', "prompt is 7, which is no text"),
+    ('"a", "stop": [""]', "which is no list of texts"), ('"a", "adapter": ["x"]', "adapter is .'x'., which is no text"),
+    ('"a", "adapter": "gone.safetensors"', "gone.safetensors: no such adapter file"), ('"a", "seed": -1', "seed is -1")])
+def test_a_request_that_cannot_be_run_fails_alone(bad, sentence, tiny_requests, tmp_path, capsys):
+    lines, results, flags = tiny_requests
+    serve(*flags)
+    alone = rows_of(results)
+    text = (tmp_path / "in.jsonl").read_text()
+    (tmp_path / "in.jsonl").write_text(f'{text}{{"prompt": {bad}}}\n{json.dumps(lines[0])}\n')
+    serve(*flags)
+    rows = rows_of(results)
+    assert re.search(sentence, rows[7]["error"]) and rows[7]["tokens"] == [] and len(rows[7]["error"]) < 300
+    assert rows[8]["tokens"] == rows[1]["tokens"] and {i: rows[i] for i in alone} == alone
+    serve(*flags)
+    assert "2 requests, 1 failed" in (printed := capsys.readouterr().err) and "0 requests" in printed

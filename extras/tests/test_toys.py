@@ -1,20 +1,23 @@
 """extras/toys.py and toy_problems.py: problems split by task, adapters scored by execution."""
+import json
 import subprocess
 import sys
 
 import pytest
 
+import flora
 from extras import passk, table1, toys
 from extras.languages import run_program
 from extras.tests.test_languages import needs
 from extras.tests.test_table1 import small_table, train_here
-from flora import BASE
+from flora import BASE, BadInput
 from test_flora import HERE
 
 
 def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
         tiny_folder, tmp_path, monkeypatch):
     needs("sh")
+    train_all = table1.train_all
     monkeypatch.setattr(table1, "train_all", train_here)
     flags = ("--languages", "sh", "--methods", "lora-r4", "--base-steps", "4", "--samples", "1",
              "--i-trust-the-code")
@@ -36,6 +39,21 @@ def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
                         lambda *args, **settings: pytest.fail("scores are kept"))
     again = small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
     assert again["table"] == result["table"]
+    score = next((tmp_path / "sh" / "lora-r4").rglob("pass.json"))
+    adapter = score.with_name("adapter.safetensors")
+    with pytest.raises(BadInput, match="pass.json was made with --samples 1, not 2; choose another --out"):
+        small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags, "--samples", "2")
+    monkeypatch.setattr(table1, "train_all", train_all)   # which finds all trainings done
+    small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
+    flora.save_tensors(*change(adapter))
+    with pytest.raises(BadInput, match="pass.json was made with another adapter"):
+        small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
+
+
+def change(file):
+    """What save_tensors is told to write an adapter file with other values."""
+    tensors, metadata = flora.load_tensors(file)
+    return {name: t + 1 for name, t in tensors.items()}, file, {"flora_adapter": json.dumps(metadata)}
 
 
 def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(tmp_path):
