@@ -107,6 +107,8 @@ class Engine:
     (prefill); picks a token for every running request; lets those that ended go; and runs the model
     once, one token each, for the others (decode). Running requests fill slots 0 .. n - 1 of one
     static KV cache, and only these are computed: the last moves into the slot of one that ends.
+    In float32 a request's tokens are those that it gets alone; in half precision a near-tie may
+    fall the other way. One whose logits are not finite fails, and leaves nothing in its slot.
 
     slots: how many run at once. length: tokens a slot holds, prompt and new (default: the context).
     max_batched_tokens: of one step, padding included; a longer prompt waits until it runs alone.

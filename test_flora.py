@@ -3,17 +3,14 @@
 Most tests use a tiny random model; those of the embedded model say so. Nothing here is timed.
 """
 import copy
-import gzip
 import json
 import os
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +20,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import flora

@@ -402,11 +402,19 @@ def kept(args):
     return "no checkpoint was written yet"
 
 
+CHECKPOINT = {"step": int, "trained": {}, "optimizer": {}, "args": {},
+              "log": [{"step": int, "heldout_loss": float, "seconds": float}]}
+
+
 def load_checkpoint(file):
+    flora.existing_file(file, "checkpoint")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged zip or pickle raises
-        raise BadInput(f"{file}: not a readable checkpoint ({e}); delete it to start again") from e
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start again") from e
+    flora.check(checkpoint, CHECKPOINT, file)
+    return checkpoint
 
 
 def open_checkpoint(args):
@@ -442,9 +450,17 @@ def check_same(checkpoint, args):
 
 def restore(checkpoint, parameters, optimizer):
     """Put a checkpoint into the parameters and the optimizer -> (its step, its log)."""
+    trained = checkpoint["trained"]
+    shapes = {name: getattr(tensor, "shape", None) for name, tensor in trained.items()}
+    if shapes != {name: p.shape for name, p in parameters.items()}:
+        raise BadInput("the checkpoint was made with another base model or other targets, so that its "
+                       "parameters do not fit; give the flags it was made with, or another --out")
     for name, parameter in parameters.items():
-        parameter.data.copy_(checkpoint["trained"][name])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+        parameter.data.copy_(trained[name])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadInput(f"the checkpoint's optimizer is damaged ({e}); delete it to start again") from None
     say(f"resumed at step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["log"]
 
@@ -462,16 +478,21 @@ def train(args):
     fill_targets(args)
     device = start_processes(args)
     with outputs(args):
-        checkpoint = open_checkpoint(args)
-        texts = load_texts(args)
-        args.made_with = flags_of(args) | contents(args, texts) if RANK == 0 else {}
-        if checkpoint and RANK == 0:
-            check_same(checkpoint, args)
+        checkpoint, texts = prepare(args)
         torch.manual_seed(args.seed)
         report = run(args, device, texts, checkpoint)
     if WORLD > 1:
         dist.destroy_process_group()
     return report
+
+
+def prepare(args):
+    """-> (the checkpoint to go on from or None, the texts), which are seen to fit each other."""
+    checkpoint, texts = open_checkpoint(args), load_texts(args)
+    args.made_with = contents(args, texts) | flags_of(args) if RANK == 0 else {}
+    if checkpoint and RANK == 0:
+        check_same(checkpoint, args)
+    return checkpoint, texts
 
 
 def fill_targets(args):

@@ -14,6 +14,7 @@ have come there too, and then one forward and one backward serve all of them. On
 finite ends alone.
 """
 import argparse
+import contextlib
 import itertools
 import statistics
 import subprocess
@@ -114,11 +115,19 @@ def train_many(runs):
     device = train.start_processes(args)
     model, tokenizer = train.load_base(args, device, getattr(torch, args.dtype))
     model.requires_grad_(False)
-    prepared = {}
-    for name, mine in runs.items():
-        print(f"{name}:")
-        mine.targets = mine.targets or flora.default_targets(model, mine.adapter)
-        prepared[name] = train.open_checkpoint(mine), train.load_texts(mine)
+    with contextlib.ExitStack() as outputs:
+        prepared = {}
+        for name, mine in runs.items():
+            print(f"{name}:")
+            mine.targets = mine.targets or flora.default_targets(model, mine.adapter)
+            outputs.enter_context(train.outputs(mine))
+            prepared[name] = train.prepare(mine)
+        return fit_together(runs, model, tokenizer, prepared)
+
+
+def fit_together(runs, model, tokenizer, prepared):
+    """The trainings, each in a thread, from {name: (its checkpoint or None, its texts)}."""
+    args = next(iter(runs.values()))
     together, reports, failed, errors = Together(len(runs), args.grad_accum), {}, {}, []
 
     def train_one(name, checkpoint, texts, stop):
