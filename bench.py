@@ -566,8 +566,10 @@ def draw_lines(axis, rows, metric):
 
 def draw_inflection(axis, result):
     eq7 = result["eq7"]
-    for rank, style, what in [(eq7["predicted"]["inflection_rank"], ":", "predicted by Eq. 7"),
-                              (eq7["measured"]["lora-token"], "-", "measured")]:
+    told = [(eq7["predicted"]["inflection_rank"], ":", "predicted by Eq. 7")]
+    if "lora-token" in eq7["measured"]:   # that row ran
+        told.append((eq7["measured"]["lora-token"], "-", "measured"))
+    for rank, style, what in told:
         label = f"inflection against lora-token, {what}: {tell_rank(rank, result)}"
         at = rank if rank and np.isfinite(rank) else np.nan   # nan has a legend alone
         axis.axvline(at, color="grey", linestyle=style, linewidth=1, label=label)

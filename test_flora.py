@@ -27,7 +27,8 @@ import generate
 import train
 from flora import BASE, BadInput
 from generate import Engine
-from model import EMBEDDED, GPT, PRESETS, GPTConfig, Tokenizer, model_from_config, preset, run_main
+from model import (EMBEDDED, GPT, JSON, PNG, PRESETS, GPTConfig, Tokenizer, check_writable, locked, model_from_config,
+                   preset, run_main, write_each)
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
@@ -1433,7 +1434,7 @@ def test_what_cannot_be_written_in_full_leaves_what_was_there(tmp_path):
         try:
             with pytest.raises(BadInput, match="file: cannot be written .*File too large"):
                 write()
-            flora.check_writable(str(file), "--json", flora.JSON)
+            check_writable(str(file), "--json", JSON)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         assert file.read_text() == "{} before" and os.listdir(tmp_path) == ["file"]
@@ -1448,11 +1449,11 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     for name, kind, sentence in [
             ("", None, "is a folder"), ("no/x.json", None, "No such file"), ("no/", None, "is a folder"),
             ("text/x.json", None, "Not a directory"), ("a" * 300, None, "File name too long"),
-            ("text", flora.JSON, "holds something else"), ("old.json", flora.PNG, "holds something else")]:
+            ("text", JSON, "holds something else"), ("old.json", PNG, "holds something else")]:
         with pytest.raises(BadInput, match=f"--json .*{sentence}"):
-            flora.check_writable(os.path.join(tmp_path, name), "--json", kind)
-    flora.check_writable(str(tmp_path / "old.json"), "--json", flora.JSON)
-    flora.check_writable(str(tmp_path / "new" / "x.png"), "--png", flora.PNG, make_folder=True)
+            check_writable(os.path.join(tmp_path, name), "--json", kind)
+    check_writable(str(tmp_path / "old.json"), "--json", JSON)
+    check_writable(str(tmp_path / "new" / "x.png"), "--png", PNG, make_folder=True)
     assert sorted(os.listdir(tmp_path)) == ["new", "old.json", "text"] and not os.listdir(tmp_path / "new")
     calls = []
 
@@ -1461,20 +1462,20 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         raise BadInput("one cannot be written")
 
     with pytest.raises(BadInput, match="one cannot be written; one cannot be written"):
-        flora.write_each(broken, lambda: calls.append(2), broken)
+        write_each(broken, lambda: calls.append(2), broken)
     assert calls == [1, 2, 1]
 
 
 def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
-    holder = "import sys, time, flora\nwith flora.locked(sys.argv[1], '--out'):\n print(1, flush=True); time.sleep(99)"
+    holder = "import sys, time, model\nwith model.locked(sys.argv[1], '--out'):\n print(1, flush=True); time.sleep(99)"
     for path in (tmp_path, tmp_path / "file"):
         process = subprocess.Popen([sys.executable, "-c", holder, path], stdout=subprocess.PIPE, cwd=HERE)
         process.stdout.readline()
-        with pytest.raises(BadInput, match="another process is writing there"), flora.locked(path, "--out"):
+        with pytest.raises(BadInput, match="another process is writing there"), locked(path, "--out"):
             pass
         process.kill()
         process.wait()
-        with flora.locked(path, "--out"):
+        with locked(path, "--out"):
             pass
     assert os.listdir(tmp_path) == []
 
