@@ -192,14 +192,14 @@ def speed(args, shared):
 
 
 def random_words(folder):
-    """A folder of texts that are long enough for a few steps."""
+    """A folder of short texts."""
     generator = torch.Generator().manual_seed(0)
     path = Path(folder, "words")
     path.mkdir()
-    for i in range(4):
-        letters = torch.randint(97, 123, (1 << 16,), generator=generator).tolist()
-        text = "".join(map(chr, letters))
-        (path / f"{i}.txt").write_text(" ".join(text[j:j + 6] for j in range(0, len(text), 6)))
+    for i in range(64):
+        letters = "".join(map(chr, torch.randint(97, 123, (600,), generator=generator).tolist()))
+        words = [letters[j:j + 6] for j in range(0, len(letters), 6)]
+        Path(path, f"{i}.txt").write_text(" ".join(words))
     return path
 
 
