@@ -12,7 +12,8 @@ PEFT names LoRA's factors the other way round: its lora_A is our Bᵀ, its lora_
 
 Reading order: (1) the equations as functions, (2) what one projection learns (`FLoRA`, `LoRA`,
 `IA3`), (3) a linear layer with many of them (`AdapterLinear`), (4) verbs on a model: add, merge,
-save, load. Further kinds, and other forms in which W0 may be held, stand in extras/.
+save, load. (5) and (6), at the end, read and write files. Further kinds, and other forms in which
+W0 may be held, stand in extras/.
 """
 import contextlib
 import importlib

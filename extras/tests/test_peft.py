@@ -125,8 +125,8 @@ def test_a_flora_survives_peft_bit_for_bit_at_any_rank(rank, tmp_path):
     save_peft(model, random_adapter(model, "flora", rank, ["all"]), tmp_path)
     back = flora.load_adapter(model, tmp_path)
     assert_same_factors(model, 1, back, rank)
-    ids = torch.randint(0, 300, (1, 9)).expand(2, -1)
-    assert torch.equal(*model(ids, torch.tensor([1, back])))
+    ids = torch.randint(0, 300, (1, 9))   # each alone: threads may split two rows differently
+    assert torch.equal(model(ids, torch.tensor([1])), model(ids, torch.tensor([back])))
 
 
 @pytest.mark.parametrize("kind,rank", [("hira", 1), ("hira", 3), ("flora", 2)])
