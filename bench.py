@@ -283,7 +283,7 @@ def measured_inflection(rows, lora):
 
 def throughput_of(rows, key="tokens_per_second"):
     """{(row, rank): tokens/s, or another key} of mode throughput."""
-    return {(r["baseline"], r["rank"]): r[key] for r in rows if r["mode"] == "throughput"}
+    return {(r["baseline"], r.get("rank")): r[key] for r in rows if r["mode"] == "throughput"}
 
 
 def measured_free_ranks(rows, name):

@@ -15,7 +15,6 @@ LoRA's on its default targets; every other row of TOKEN_ROWS (--rows is not aske
 whose parameters are nearest to LoRA's.
 """
 import copy
-import json
 import time
 from dataclasses import replace
 
@@ -27,7 +26,7 @@ import flora
 from bench import (Row, benched_layer, check_agreement, default, example, in_turns,
                    install, make_adapter_sets, measured_inflection, print_table, seconds, serve,
                    tell_rank, throughput_of)
-from flora import BadInput, read_json
+from flora import BadInput, check, existing_file, read_json
 from generate import new_engine
 from model import PNG, check_writable, save_figure
 
@@ -223,15 +222,15 @@ MODES = {"layer": bench_layer, "token": bench_token}
 def read_conversations(file):
     """[texts of the first two turns] of each entry of a file in ShareGPT's JSON format."""
     try:
-        with open(file, encoding="utf-8") as f:
-            entries = json.load(f)
-        return [[turn["value"] for turn in entry["conversations"][:2]] for entry in entries]
-    except OSError as e:
-        raise BadInput(f"--dataset {file}: cannot be read ({e.strerror})") from None
-    except (ValueError, TypeError, KeyError) as e:
-        raise BadInput(
-            f"--dataset {file}: is not in ShareGPT's JSON format ({type(e).__name__}: {e}); it "
-            'needs a list of {"conversations": [{"value": TEXT}, ...]}') from None
+        existing_file(file)
+    except BadInput as e:
+        raise BadInput(f"--dataset {file}: cannot be read ({e})") from None
+    try:
+        entries = read_json(file, [{"conversations": [{"value": str}]}])
+    except BadInput as e:
+        raise BadInput(f"--dataset {file}: is not in ShareGPT's JSON format ({e}); it "
+                       'needs a list of {"conversations": [{"value": TEXT}, ...]}') from None
+    return [[turn["value"] for turn in entry["conversations"][:2]] for entry in entries]
 
 
 def dataset_prompts(file, n, seed, tokenizer):
@@ -259,10 +258,18 @@ def dataset_prompts(file, n, seed, tokenizer):
 # ------------------------------------------------------------------------ several results, Figure 3
 
 
+RESULT = {   # what is read of a result of bench.py
+    "rows": [{"mode": str, "baseline": str, "rank?": float, "tokens_per_second": float}],
+    "model": {"name": str}, "workload": {"ranks": [float]},
+    "eq7": {"predicted": {"inflection_rank?": float}}}
+
+
 def read_result(file):
     """A result of bench.py -> (result, {(row, rank): tokens/s}, the ranks of both methods)."""
     result = read_json(file)
-    speed = throughput_of(result.get("rows", []))
+    if result.get("rows"):
+        check(result, RESULT, f"--plot {file}")
+    speed = throughput_of(result.get("rows") or [])
     ranks = sorted(r for name, r in speed if name == "flora" and ("lora-token", r) in speed)
     if not ranks:
         raise BadInput(f"--plot {file}: holds no throughput of flora and lora-token; measure them "
@@ -272,7 +279,7 @@ def read_result(file):
 
 def tell_inflection(result):
     """Eq. 7's inflection rank against lora-token, and the measured one."""
-    predicted = result["eq7"]["predicted"]["inflection_rank"]
+    predicted = result["eq7"]["predicted"].get("inflection_rank")
     predicted = np.inf if predicted is None else predicted   # JSON's null is infinity
     measured = measured_inflection(result["rows"], "lora-token")
     return tell_rank(predicted, result), tell_rank(measured, result)

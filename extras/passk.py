@@ -34,7 +34,7 @@ from tqdm import tqdm
 from extras import sandbox
 from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests,
                               interpreter_of, run_program, why_broken)
-from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results,
+from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results, regular,
                              rewrite_results)
 from flora import BadInput, write_json
 from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
@@ -94,7 +94,7 @@ def read_array(file):
     if not str(file).removesuffix(".gz").endswith(".json"):
         return None
     opened = gzip.open if str(file).endswith(".gz") else open
-    with opened(file, "rt", encoding="utf-8-sig") as f:
+    with opened(regular(file), "rt", encoding="utf-8-sig") as f:
         text = f.read()
     return json.loads(text) if text.lstrip().startswith("[") else None
 

@@ -38,9 +38,9 @@ OTHER_FILE = "move the file away, or choose another --results"
 def read_jsonl(file):
     """Yield (line number, value) of a .jsonl or .jsonl.gz file; empty lines are left out.
 
-    ValueError, naming the line, for one that is not JSON.
+    ValueError, naming the line, for one that is not JSON, or if `file` is not a file.
     """
-    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as f:
+    with (gzip.open if str(file).endswith(".gz") else open)(regular(file), "rt", encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
@@ -48,6 +48,13 @@ def read_jsonl(file):
                 yield number, json.loads(line, parse_int=parse_int)
             except (ValueError, RecursionError) as e:
                 raise ValueError(f"line {number}: {e}") from None
+
+
+def regular(file):
+    """`file`; ValueError if it is there and not a file: a pipe would be waited for."""
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise ValueError("it is a folder, device or pipe")
+    return file
 
 
 def parse_int(digits):

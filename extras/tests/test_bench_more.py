@@ -88,7 +88,7 @@ def test_datasets_that_cannot_be_used_are_refused_in_a_sentence(tmp_path):
     few.write_text(json.dumps([{"conversations": [{"value": "word " * 50}, {"value": "answer " * 50}]}]))
     with pytest.raises(BadInput, match="no.json: cannot be read"):
         bench_more.dataset_prompts(tmp_path / "no.json", 1, 0, None)
-    with pytest.raises(BadInput, match="bad.json: is not in ShareGPT's JSON format .KeyError"):
+    with pytest.raises(BadInput, match="bad.json: is not in ShareGPT's JSON format .*has no conversations"):
         bench_more.dataset_prompts(bad, 1, 0, None)
     with pytest.raises(BadInput, match="holds 1 conversations of 50 to 2,000 tokens, but --num-requests is 2"):
         bench_more.dataset_prompts(few, 2, 0, None)

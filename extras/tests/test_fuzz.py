@@ -4,6 +4,7 @@ Seeded and bounded. A mutation replaces, removes or adds one value of JSON, cuts
 puts a folder or a pipe in the place of a file. Nothing may end in another exception, take longer
 than a few seconds or more memory than HEADROOM.
 """
+import argparse
 import contextlib
 import copy
 import io
@@ -23,6 +24,8 @@ import bench
 import flora
 import generate
 import train
+from extras.bench_more import dataset_prompts, draw_together
+from extras.passk import read_problems
 from extras.peft import save_peft
 from flora import BadInput
 from model import GPT, Tokenizer, run_main
@@ -94,9 +97,22 @@ def damage(file, rng):
     """Change a file, or put something else in its place."""
     if rng.random() < 0.03:
         os.remove(file)
-        return rng.choice([os.mkdir, os.mkfifo])(file)
+        pipe = os.mkfifo if file.name != "out.json" else os.mkdir   # results are written to a pipe
+        return rng.choice([os.mkdir, pipe])(file)
     if file.suffix == ".json" and rng.random() < 0.9:
-        file.write_text(mutated_json(json.loads(file.read_text()), rng), encoding="utf-8")
+        lines = file.read_text().splitlines()
+        try:
+            file.write_text(mutated_json(json.loads(file.read_text()), rng), encoding="utf-8")
+        except ValueError:   # a file of lines: one of them
+            at = rng.randrange(len(lines))
+            lines[at] = mutated_json(json.loads(lines[at]), rng)
+            file.write_text("\n".join(lines), encoding="utf-8")
+    elif file.suffix == ".pt" and rng.random() < 0.8:
+        checkpoint = torch.load(file, weights_only=True)
+        node = rng.choice([checkpoint, checkpoint["args"], checkpoint["log"][0], checkpoint["trained"],
+                           checkpoint["optimizer"]])
+        node[rng.choice(list(node))] = rng.choice([*VALUES, torch.ones(3), torch.ones(2, 3) * float("nan")])
+        torch.save(checkpoint, file)
     elif file.suffix == ".safetensors" and rng.random() < 0.5:
         damage_tensors(file, rng)
     else:
@@ -153,6 +169,71 @@ def make_run(folder):
     (folder / "log.json").write_text(json.dumps(report))
 
 
+def make_checkpoint(folder):
+    parameters = {"h.0.A": torch.nn.Parameter(torch.ones(2, 3))}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    parameters["h.0.A"].sum().backward()
+    optimizer.step()
+    log = [{"step": 0, "loss": None, "heldout_loss": 2.0, "seconds": 0.0}]
+    torch.save(dict(step=1, trained=parameters, optimizer=optimizer.state_dict(), log=log,
+                    args={"base": "b", "steps": 3, "rank": 1}), folder / "checkpoint.pt")
+
+
+def resume(folder):
+    parameters = {"h.0.A": torch.nn.Parameter(torch.zeros(2, 3))}
+    args = argparse.Namespace(out=str(folder), resume=True, made_with={"base": "b", "steps": 3, "rank": 1})
+    checkpoint = train.open_checkpoint(args)
+    if checkpoint:
+        train.check_same(checkpoint, args)
+        train.restore(checkpoint, parameters, torch.optim.AdamW(parameters.values(), lr=0.1))
+
+
+def make_lines(folder):
+    lines = [{"prompt": "def f(", "adapter": "none", "max_new_tokens": 3, "stop": ["x"]}, {"prompt": "a", "seed": 4}]
+    (folder / "in.json").write_text("\n".join(map(json.dumps, lines)))
+
+
+def use_lines(folder):
+    """Requests that name what is impossible fail alone; a file that is none is a BadInput."""
+    out = folder / "out.jsonl"
+    argv = ["--weights", str(TINY), "--requests", str(folder / "in.json"), "--results", str(out)]
+    args = generate.parse_args(argv)
+    flora.extra("requests", "--requests").serve(args)
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def make_results(folder):
+    (folder / "requests.jsonl").write_text('{"prompt": "a", "max_new_tokens": 2}\n{"prompt": "b", "max_new_tokens": 2}\n')
+    use_results(folder, folder / "out.json")
+
+
+def use_results(folder, out=None):
+    out = out or folder / "out.json"
+    argv = ["--weights", str(TINY), "--requests", str(folder / "requests.jsonl"), "--results", str(out)]
+    args = generate.parse_args(argv)
+    flora.extra("requests", "--requests").serve(args)
+    assert {json.loads(line)["line"] for line in out.read_text().splitlines()} == {1, 2}
+
+
+def make_conversations(folder):
+    text = "word " * 60
+    entries = [{"conversations": [{"value": text}, {"value": text}, {"value": ""}]}] * 3
+    (folder / "shared.json").write_text(json.dumps(entries))
+
+
+def make_bench_result(folder):
+    rows = [dict(mode="throughput", baseline=name, rank=rank, tokens_per_second=9.0 + rank, request_rate=None)
+            for name in ("flora", "lora-token") for rank in (1, 2)]
+    (folder / "bench.json").write_text(json.dumps(dict(
+        rows=rows, model={"name": "m"}, workload={"ranks": [1, 2]},
+        eq7={"predicted": {"inflection_rank": 2.0}, "measured": {}})))
+
+
+def make_problems(folder):
+    (folder / "p.json").write_text(json.dumps([{
+        "name": "a", "language": "py", "prompt": "def f():\n", "tests": "assert f()", "stop_tokens": ["x"]}]))
+
+
 KINDS = {   # of files: how a folder of them is made, and used
     "a StarCoder folder": (lambda f: shutil.copytree(TINY, f, dirs_exist_ok=True), load_folder),
     "a Llama folder": (lambda f: shutil.copytree(FIXTURES / "tiny_llama3", f, dirs_exist_ok=True), load_folder),
@@ -161,19 +242,27 @@ KINDS = {   # of files: how a folder of them is made, and used
     "a PEFT folder": (make_peft_folder, lambda f: flora.load_adapter(tiny_model(), f)),
     "a report of a run": (make_run, lambda f: flora.extra("curves", "--plot").plot(
         [str(f / "log.json")], str(f / "plot.png"))),
+    "a checkpoint": (make_checkpoint, resume),
+    "requests": (make_lines, use_lines),
+    "results": (make_results, use_results),
+    "conversations": (make_conversations, lambda f: dataset_prompts(str(f / "shared.json"), 2, 0, None)),
+    "a result of bench.py": (make_bench_result, lambda f: draw_together(
+        [str(f / "bench.json")], str(f / "plot.png"))),
+    "problems": (make_problems, lambda f: read_problems(str(f / "p.json"))),
 }
 
 
 @pytest.mark.parametrize("what", KINDS)
 def test_damaged_files_give_a_right_result_or_one_sentence(what, tmp_path):
     make, use = KINDS[what]
-    make(tmp_path / "good") if (tmp_path / "good").mkdir() is None else None
+    (tmp_path / "good").mkdir()
+    make(tmp_path / "good")
     use(tmp_path / "good")
     rng = random.Random(what)
     for i in range(60):
         folder = tmp_path / f"bad{i}"
         shutil.copytree(tmp_path / "good", folder)
-        file = rng.choice(sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors")))
+        file = rng.choice(sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".pt")))
         damage(file, rng)
         with bounded():
             try:
