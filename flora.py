@@ -752,7 +752,10 @@ def check(value, schema, where, name="what it holds"):
 
 
 def is_a(value, kind):
-    """Whether a value of JSON is of a kind: a bool is not a number, a number is finite."""
+    """Whether a value of JSON is of a kind: a bool is not a number, a number is finite, a whole
+    number has 64 bits."""
+    if kind is int:
+        return type(value) is int and -2**63 <= value < 2**63
     if kind is float:
         return type(value) in (int, float) and -1e300 < value < 1e300
     return type(value) is kind

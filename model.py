@@ -406,7 +406,7 @@ class GPT(nn.Module):
                 check(value, kinds[name], file, keys[name])
         found = cls.complete_config(found, values, file)
         for name in cls.SIZES:
-            if type(found.get(name)) is not int or found[name] < 1:
+            if not is_a(found.get(name), int) or not 1 <= found[name] <= LARGEST:
                 raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
                                "but must be a positive whole number")
         ends = read_ends(values, file)

@@ -414,6 +414,9 @@ def load_checkpoint(file):
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start again") from e
     flora.check(checkpoint, CHECKPOINT, file)
+    if any(isinstance(value, torch.Tensor) for value in checkpoint["args"].values()):
+        raise BadInput(f"{file}: not a readable checkpoint (a tensor stands among its flags); "
+                       "delete it to start again")
     return checkpoint
 
 

@@ -58,7 +58,7 @@ def read_config(folder):
     """A folder's adapter_config.json; BadInput, naming the key, for what an Adapter cannot hold."""
     file = os.path.join(folder, "adapter_config.json")
     config = read_json(file)
-    if config.get("peft_type") not in KINDS:
+    if config.get("peft_type") not in list(KINDS):   # a list, since what is read may not be hashable
         raise BadInput(f"{file}: peft_type is {config.get('peft_type')!r}; "
                        "only LORA, IA3 and HIRA can be loaded")
     for key, value in config.items():
