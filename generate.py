@@ -61,11 +61,11 @@ def as_list(ids):
 def bad_setting(max_new_tokens, temperature, top_k, top_p, seed):
     """Why no text can be generated with these settings, in one sentence, or None."""
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        return (f"temperature {reprlib.repr(temperature)}, top_k {reprlib.repr(top_k)}, top_p {top_p}: "
-                "the first two must be at least 0, top_p in (0, 1]")
-    for name, value, least, most in [("temperature", temperature, 0, 1e9), ("top_k", top_k, 0, 2**31),
-                                     ("max_new_tokens", max_new_tokens, 1, 2**31),
-                                     ("seed", seed, 0, 2**62)]:
+        return (f"temperature {reprlib.repr(temperature)}, top_k {reprlib.repr(top_k)}, top_p "
+                f"{top_p}: the first two must be at least 0, top_p in (0, 1]")
+    for name, value, least, most in [
+            ("temperature", temperature, 0, 1e9), ("top_k", top_k, 0, 2**31),
+            ("max_new_tokens", max_new_tokens, 1, 2**31), ("seed", seed, 0, 2**62)]:
         if not least <= value <= most:
             return f"{name} is {reprlib.repr(value)}; it must be from {least} to {most:.4g}"
 

@@ -857,7 +857,9 @@ def locked(path, flag):
         yield
         return
     path = os.path.realpath(path)
-    lock = path if folder else os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
+    lock = path
+    if not folder:
+        lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
     try:
         handle = os.open(lock, os.O_RDONLY | (0 if folder else os.O_CREAT), 0o666)
     except OSError as e:
@@ -905,7 +907,7 @@ def digest_files(files):
 
 
 def adapter_digest(name):
-    """The digest of what an adapter file or PEFT folder computes; None for "none", the base model."""
+    """The digest of what an adapter file or PEFT folder computes; None for "none", the base."""
     if name == "none":
         return None
     if os.path.isdir(name):

@@ -366,8 +366,8 @@ def over_processes(loss, asked_to_stop):
 
 # The flags that decide what a run learns, beside the contents of its base and its data
 RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "ffba_activation", "steps", "batch_size",
-               "grad_accum", "block_size", "eval_tokens", "lr", "warmup", "clip", "seed", "vocab_size",
-               "n_layer", "n_head", "n_embd", "dtype", "quantize")
+               "grad_accum", "block_size", "eval_tokens", "lr", "warmup", "clip", "seed",
+               "vocab_size", "n_layer", "n_head", "n_embd", "dtype", "quantize")
 
 
 def flags_of(args):

@@ -129,8 +129,8 @@ def appending(file):
             except OSError as e:
                 if stream is None:
                     os.ftruncate(f.fileno(), size)
-                raise BadInput(f"--results {file}: cannot be written ({e.strerror}); the results in it "
-                               "are kept, and the same command goes on from there") from None
+                raise BadInput(f"--results {file}: cannot be written ({e.strerror}); the results "
+                               "in it are kept, and the same command goes on from there") from None
         yield add
 
 
@@ -220,8 +220,8 @@ def resume_results(file, requests, made=None):
         if not other:
             finished[line] = result
     if unchecked:
-        print(f"--results {file}: {unchecked} results, written before results had fingerprints, do not "
-              "say which base model and adapter made them; they are kept", file=sys.stderr)
+        print(f"--results {file}: {unchecked} results, written before results had fingerprints, do "
+              "not say which base model and adapter made them; they are kept", file=sys.stderr)
     rewrite_results(file, finished)
     return set(finished)
 

@@ -43,8 +43,8 @@ def toys(args):
         args.weights = train_base(args, data.pop("py"))
         logs, sweep = table1.train_table(args, data)
         table, in_python = score_all(args, held_out, logs)
-        print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, which it "
-              "was trained on")
+        print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, "
+              "which it was trained on")
         table1.print_accuracy(
             table, "pass@1 on held-out problems (change) ± standard deviation over seeds",
             lambda base, x: f"{x - base:+.4f}")

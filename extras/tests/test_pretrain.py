@@ -45,8 +45,9 @@ def test_a_base_trained_into_the_folder_of_a_model_replaces_it_at_the_end_all_at
     out = shutil.copytree(tiny_folder, tmp_path / "base")
     (out / "added_tokens.json").write_text("{}")
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    flags = ["--adapter", "none", "--data", HEADERS, "--steps", "3", "--block-size", "32", "--n-layer", "1",
-             "--n-head", "2", "--n-embd", "16", "--vocab-size", "500", "--eval-tokens", "500", "--out", str(out)]
+    flags = ["--adapter", "none", "--data", HEADERS, "--steps", "3", "--block-size", "32",
+             "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--vocab-size", "500",
+             "--eval-tokens", "500", "--out", str(out)]
 
     def unchanged():
         return all((out / name).read_bytes() == content for name, content in before.items())
@@ -56,7 +57,8 @@ def test_a_base_trained_into_the_folder_of_a_model_replaces_it_at_the_end_all_at
         train.train(train.parse_args(flags))
     assert unchanged() and (out / "checkpoint.pt").exists()
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    with monkeypatch.context() as patch, pytest.raises(BadInput, match="model.safetensors: cannot be written"):
+    refused = pytest.raises(BadInput, match="model.safetensors: cannot be written")
+    with monkeypatch.context() as patch, refused:
         patch.setattr(train, "save_checkpoint", lambda *args: None)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, hard))
         try:
@@ -66,6 +68,7 @@ def test_a_base_trained_into_the_folder_of_a_model_replaces_it_at_the_end_all_at
     assert unchanged()
     train.train(train.parse_args([*flags, "--resume"]))
     assert GPT.from_pretrained(out).config.n_layer == 1 and Tokenizer(out).vocab_size == 500
-    assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.json",
+                                       "model.safetensors", "tokenizer.model"]
     train.train(train.parse_args([*flags, "--resume"]))   # of a finished run: the same
     assert Tokenizer(out).vocab_size == 500

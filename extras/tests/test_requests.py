@@ -22,7 +22,7 @@ from test_flora import FIXTURES, HERE, script, trained, write_jsonl
 
 
 def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
-    """The embedded model: results equal generate()'s, a too long one fails alone, done work is kept."""
+    """Results equal those of generate(), a too long request fails alone, done work stays."""
     model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
     adapter = str(tmp_path / "a.safetensors")
     flora.save_adapter(model, trained(model, flora.add_adapter(model, "flora", 2)), adapter)
@@ -87,11 +87,13 @@ def tiny_requests(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         torch.manual_seed(seed)
         adapter_id = trained(model, flora.add_adapter(model, "lora", 2))
-        flora.save_adapter(model, adapter_id, str(tmp_path / f"{name}.safetensors"), dict(seed=seed))
+        file = str(tmp_path / f"{name}.safetensors")
+        flora.save_adapter(model, adapter_id, file, dict(seed=seed))
     lines = [dict(prompt=f"def f{i}(", max_new_tokens=3) for i in range(6)]
-    return lines, tmp_path / "out.jsonl", [
+    requests, results = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    return lines, results, [
         "--weights", FIXTURES / "tiny", "--adapter", tmp_path / "a.safetensors",
-        "--requests", write_jsonl(tmp_path / "in.jsonl", lines), "--results", tmp_path / "out.jsonl"]
+        "--requests", requests, "--results", results]
 
 
 def serve(*flags):
@@ -111,18 +113,24 @@ def test_results_of_another_adapter_base_or_dtype_are_refused(tiny_requests, tmp
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | dict(layer_norm_epsilon=0.01)))
     for more, sentence in [
-            (["--dtype", "bfloat16"], "--dtype float32, not bfloat16"), (["--truncate"], "--truncate False, not True"),
-            (["--quantize", "int8"], "--quantize None, not int8"), (["--weights", other], "another base model"),
-            (["--adapter", tmp_path / "b.safetensors"], "another adapter")]:
-        with pytest.raises(BadInput, match=f"--results .*out.jsonl: line . was made with {sentence}.*; move the file away"):
-            serve(*flags, *more) if more[0] != "--adapter" else serve(*replaced(flags, *more))
+            (["--dtype", "bfloat16"], "--dtype float32, not bfloat16"),
+            (["--truncate"], "--truncate False, not True"),
+            (["--quantize", "int8"], "--quantize None, not int8"),
+            (["--weights", other], "another base model")]:
+        told = f"--results .*out.jsonl: line . was made with {sentence}.*; move the file away"
+        with pytest.raises(BadInput, match=told):
+            serve(*flags, *more)
+    with pytest.raises(BadInput, match="was made with another adapter"):
+        serve(*replaced(flags, "--adapter", tmp_path / "b.safetensors"))
     shutil.copy(tmp_path / "a.safetensors", tmp_path / "moved.safetensors")
     serve(*replaced(flags, "--adapter", tmp_path / "moved.safetensors"))
     os.replace(tmp_path / "b.safetensors", tmp_path / "a.safetensors")   # retrained
     with pytest.raises(BadInput, match="was made with another adapter"):
         serve(*flags)
     assert results.read_bytes() == before and "0 requests" in capsys.readouterr().err
-    old = [{key: value for key, value in row.items() if key != "made_with"} for row in rows_of(results).values()]
+    old = rows_of(results).values()
+    for row in old:
+        del row["made_with"]
     write_jsonl(results, old)
     serve(*flags)
     assert "6 results, written before results had fingerprints" in capsys.readouterr().err
@@ -137,19 +145,21 @@ def test_a_file_that_is_not_of_results_is_kept_and_a_damaged_line_lost_alone(tin
     _, results, flags = tiny_requests
     serve(*flags)
     uncut = results.read_bytes()
-    for text in (b"notes\n", b'{"a": 1}', b"[1]\n" + uncut, uncut + b"{}\n", b"\x00\xff\n", b'{\n "line": 1\n}\n',
-                 b'{"line": [1]}\n', b'{"line": true}\n', b'{"other": "cut of'):
+    for text in (b"notes\n", b'{"a": 1}', b"[1]\n" + uncut, uncut + b"{}\n", b"\x00\xff\n",
+                 b'{\n "line": 1\n}\n', b'{"line": [1]}\n', b'{"line": true}\n', b'{"other": "cut of'):
         results.write_bytes(text)
-        with pytest.raises(BadInput, match="--results .*(is not a file of results|is not a result); move the file away"):
+        with pytest.raises(BadInput, match="is not a (file of results|result); move the file away"):
             serve(*flags)
         assert results.read_bytes() == text
     lines = uncut.split(b"\n")
-    for damaged in (lines[1][:20], b"\x00" * 9 + lines[1], b"[" * 100_000, lines[1][:30] + lines[2]):
+    for damaged in (lines[1][:20], b"\x00" * 9 + lines[1], b"[" * 100_000,
+                    lines[1][:30] + lines[2]):
         results.write_bytes(b"\n".join([lines[0], damaged, *lines[2:]]))
         serve(*flags)
         assert sorted(results.read_bytes().splitlines()) == sorted(lines[:-1])
         printed = capsys.readouterr().err
-        assert "line 2 is damaged; it is done again" in printed and "1 requests, 0 failed" in printed
+        assert "line 2 is damaged; it is done again" in printed
+        assert "1 requests, 0 failed" in printed
     for cut in (b"", b'{"li', lines[0][:40], lines[0]):   # killed within the first line
         results.write_bytes(cut)
         serve(*flags)
@@ -180,7 +190,8 @@ def test_a_second_start_a_kill_and_a_full_disk_lose_nothing(tiny_requests, tmp_p
     serve(*flags)
     rows = rows_of(results)
     assert sorted(rows) == list(range(1, 401)) and len(results.read_text().splitlines()) == 400
-    assert results.read_bytes().startswith(kept) and all(row["error"] is None for row in rows.values())
+    assert results.read_bytes().startswith(kept)
+    assert all(row["error"] is None for row in rows.values())
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".lock"))]
 
 
@@ -198,18 +209,28 @@ def test_results_go_to_pipes_and_links_as_they_stand(tiny_requests, tmp_path):
     serve(*replaced(flags, "--results", tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
     assert sorted((tmp_path / "elsewhere" / "r.jsonl").read_text().splitlines()) == expected
-    with pytest.raises(BadInput, match="in.jsonl: line 1 is not a result"):   # the requests themselves
+    with pytest.raises(BadInput, match="in.jsonl: line 1 is not a result"):   # the requests
         serve(*replaced(flags, "--results", tmp_path / "in.jsonl"))
 
 
-@pytest.mark.parametrize("bad,sentence", [
-    ('"smile \\ud83d"', "half of a surrogate pair"), ('"a", "seed": 99999999999999999999', "seed is 9999"),
-    ('"a", "top_k": 99999999999999999999', "top_k is 9999"), ('"a", "temperature": 1' + "0" * 400, "temperature is 1000"),
-    ('"a", "seed": 1' + "0" * 5000, "seed is inf, which is no whole number"), ('"a", "temperature": NaN', "temperature nan"),
-    ('"a", "temperature": 1e999', "temperature is inf"), ('"a", "max_new_tokens": 0', "max_new_tokens is 0"),
-    ('"a", "max_new_tokens": "9"', "max_new_tokens is '9', which is no whole number"), ('7', "prompt is 7, which is no text"),
-    ('"a", "stop": [""]', "which is no list of texts"), ('"a", "adapter": ["x"]', "adapter is .'x'., which is no text"),
-    ('"a", "adapter": "gone.safetensors"', "gone.safetensors: no such adapter file"), ('"a", "seed": -1', "seed is -1")])
+BAD = [   # what follows "prompt" in a request, and why it fails
+    ('"smile \\ud83d"', "half of a surrogate pair"),
+    ('"a", "seed": 99999999999999999999', "seed is 9999"),
+    ('"a", "seed": -1', "seed is -1"),
+    ('"a", "seed": 1' + "0" * 5000, "seed is inf, which is no whole number"),
+    ('"a", "top_k": 99999999999999999999', "top_k is 9999"),
+    ('"a", "temperature": 1' + "0" * 400, "temperature is 1000"),
+    ('"a", "temperature": 1e999', "temperature is inf"),
+    ('"a", "temperature": NaN', "temperature nan"),
+    ('"a", "max_new_tokens": 0', "max_new_tokens is 0"),
+    ('"a", "max_new_tokens": "9"', "max_new_tokens is '9', which is no whole number"),
+    ('"a", "stop": [""]', "which is no list of texts"),
+    ('"a", "adapter": ["x"]', "adapter is .'x'., which is no text"),
+    ('"a", "adapter": "gone.safetensors"', "gone.safetensors: no such adapter file"),
+    ('7', "prompt is 7, which is no text")]
+
+
+@pytest.mark.parametrize("bad,sentence", BAD, ids=[sentence for _, sentence in BAD])
 def test_a_request_that_cannot_be_run_fails_alone(bad, sentence, tiny_requests, tmp_path, capsys):
     lines, results, flags = tiny_requests
     serve(*flags)
@@ -218,7 +239,9 @@ def test_a_request_that_cannot_be_run_fails_alone(bad, sentence, tiny_requests, 
     (tmp_path / "in.jsonl").write_text(f'{text}{{"prompt": {bad}}}\n{json.dumps(lines[0])}\n')
     serve(*flags)
     rows = rows_of(results)
-    assert re.search(sentence, rows[7]["error"]) and rows[7]["tokens"] == [] and len(rows[7]["error"]) < 300
+    assert re.search(sentence, rows[7]["error"]) and len(rows[7]["error"]) < 300
+    assert rows[7]["tokens"] == []
     assert rows[8]["tokens"] == rows[1]["tokens"] and {i: rows[i] for i in alone} == alone
     serve(*flags)
-    assert "2 requests, 1 failed" in (printed := capsys.readouterr().err) and "0 requests" in printed
+    printed = capsys.readouterr().err
+    assert "2 requests, 1 failed" in printed and "0 requests" in printed

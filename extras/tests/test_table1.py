@@ -80,38 +80,42 @@ def test_a_finished_cell_counts_by_the_contents_of_its_base_and_data(tiny_folder
     shutil.copytree(tiny_folder, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | dict(layer_norm_epsilon=0.01)))
-    flags = ["--weights", str(tiny_folder), "--data", str(data), "--steps", "2", "--block-size", "16",
-             "--eval-tokens", "300", "--lr", "0.001", "--adapter", "lora", "--rank", "2"]
+    flags = ["--weights", str(tiny_folder), "--data", str(data), "--steps", "2",
+             "--block-size", "16", "--eval-tokens", "300", "--lr", "0.001", "--adapter", "lora", "--rank", "2"]
     folder = str(tmp_path / "out" / "run")
     first = train_here({folder: flags}, 1)[folder]
     again = table1.train_all({folder: flags}, 1)[folder]
     assert again["log"] == first["log"] and again["adapter_file"] == first["adapter_file"]
     for more, sentence in [
-            (["--weights", str(other)], "another base model"), (["--eval-tokens", "400"], "--eval-tokens 300, not 400"),
+            (["--weights", str(other)], "another base model"),
+            (["--eval-tokens", "400"], "--eval-tokens 300, not 400"),
             (["--rank", "3"], "--rank 2, not 3"), (["--ext", ".hpp", ".cuh", ".h"], None)]:
         if sentence is None:   # other flags, but the same contents
             assert table1.train_all({folder: [*flags, *more]}, 1)[folder] == again
             continue
-        with pytest.raises(BadInput, match=f"log.json was made with {sentence}.*; choose another --out, or delete it"):
+        told = f"log.json was made with {sentence}.*; choose another --out, or delete it"
+        with pytest.raises(BadInput, match=told):
             table1.train_all({folder: [*flags, *more]}, 1)
     (data / "0.h").write_text("int changed;\n" * 50)
     with pytest.raises(BadInput, match="log.json was made with other data"):
         table1.train_all({folder: flags}, 1)
-    log = json.loads(Path(folder, "log.json").read_text())   # as it was written before
-    Path(folder, "log.json").write_text(json.dumps({k: v for k, v in log.items() if k != "made_with"}))
+    log = json.loads(Path(folder, "log.json").read_text())
+    del log["made_with"]   # as it was written before
+    Path(folder, "log.json").write_text(json.dumps(log))
     assert table1.train_all({folder: flags}, 1)[folder]["log"] == first["log"]
     assert "1 trainings were written before there were fingerprints" in capsys.readouterr().err
 
 
 def test_a_second_table_is_refused_and_trainings_end_with_their_parent(tiny_folder, tmp_path):
     command = [sys.executable, "-m", "extras.table1", "--weights", tiny_folder, "--languages",
-               f"h={Path(HEADERS).parent}:.h", "--methods", "flora-r1", "--steps", "100000", "--out", tmp_path / "out",
-               "--png", tmp_path / "t.png", "--block-size", "32", "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    while not list(tmp_path.rglob("checkpoint.pt")) and not trainings_of(tmp_path) and process.poll() is None:
+               f"h={Path(HEADERS).parent}:.h", "--methods", "flora-r1", "--steps", "100000",
+               "--out", tmp_path / "out", "--png", tmp_path / "t.png", "--block-size", "32", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    while not trainings_of(tmp_path) and process.poll() is None:
         time.sleep(0.05)
     second = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert second.returncode == 2 and "another process is writing there" in second.stderr and trainings_of(tmp_path)
+    assert second.returncode == 2 and "another process is writing there" in second.stderr
+    assert trainings_of(tmp_path)
     process.kill()
     process.wait()
     deadline = time.time() + 60
@@ -128,7 +132,8 @@ def trainings_of(folder):
             words = Path("/proc", pid, "cmdline").read_text().split("\0")
         except OSError:
             continue
-        if any(word.endswith("train.py") for word in words) and any(str(folder) in word for word in words):
+        is_training = any(word.endswith("train.py") for word in words)
+        if is_training and any(str(folder) in word for word in words):
             found.append(pid)
     return found
 
@@ -143,6 +148,7 @@ def test_a_table_that_cannot_be_written_at_the_end_is_printed_and_the_other_file
         table1.finish(args, table, {}, "title", None)
     assert json.loads((tmp_path / "out" / "table.json").read_text())["table"] == table
     for flag in ("--png", "--json"):
-        run = subprocess.run([sys.executable, "-m", "extras.table1", "--out", tmp_path / "out", flag, tmp_path],
-                             cwd=HERE, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "extras.table1", "--out", tmp_path / "out", flag, tmp_path],
+            cwd=HERE, capture_output=True, text=True)
         assert run.returncode == 2 and f"{flag} {tmp_path}: is a folder" in run.stderr

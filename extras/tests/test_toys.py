@@ -41,7 +41,7 @@ def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
     assert again["table"] == result["table"]
     score = next((tmp_path / "sh" / "lora-r4").rglob("pass.json"))
     adapter = score.with_name("adapter.safetensors")
-    with pytest.raises(BadInput, match="pass.json was made with --samples 1, not 2; choose another --out"):
+    with pytest.raises(BadInput, match="pass.json was made with --samples 1, not 2; choose"):
         small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags, "--samples", "2")
     monkeypatch.setattr(table1, "train_all", train_all)   # which finds all trainings done
     small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
@@ -53,7 +53,8 @@ def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
 def change(file):
     """What save_tensors is told to write an adapter file with other values."""
     tensors, metadata = flora.load_tensors(file)
-    return {name: t + 1 for name, t in tensors.items()}, file, {"flora_adapter": json.dumps(metadata)}
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    return changed, file, {"flora_adapter": json.dumps(metadata)}
 
 
 def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(tmp_path):
