@@ -1,0 +1,3 @@
+from extras.whisper_model import PRESETS, Whisper  # noqa: F401
+
+MODEL = Whisper

