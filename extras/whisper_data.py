@@ -19,13 +19,15 @@ import os
 import re
 import struct
 import tarfile
+import wave
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from extras.whisper_model import Whisper, WhisperConfig
+from extras.whisper_model import RATE, REQUIREMENTS, Whisper, WhisperConfig, check_audio
 from flora import BadInput, check_weights, existing_file, open_file, open_output, write_json
 from model import run_main
 
@@ -184,16 +186,33 @@ def czech(args):
                 texts |= {key: unescaped(text) for key, text in LINE.findall(content.decode("utf-8"))}
             elif path.suffix == ".ogg" and path.parent.name == "cs":
                 sounds[path.stem] = path.parent.parent.name, content
-    rows = [(level, f"{key}.ogg", texts[key]) for key, (level, _) in sounds.items() if texts.get(key)]
+    rows = [(level, f"{key}.wav", texts[key]) for key, (level, _) in sounds.items() if texts.get(key)]
     if not rows:
         raise BadInput(f"{' '.join(args.files)}: hold no clip with its text; give both packages, "
                        "fillets-ng-data and fillets-ng-data-cs")
     clips = Path(args.out, "clips")
     clips.mkdir(parents=True, exist_ok=True)
-    for _, name, _ in rows:
-        with open_output(clips / name) as f:
-            f.write(sounds[Path(name).stem][1])
+    for _, name, _ in tqdm(rows, unit="clip"):
+        write_wav(clips / name, sounds[Path(name).stem][1])
     write_splits(args.out, rows, dict(test=200, dev=60))
+
+
+def write_wav(file, content):
+    """The bytes of an audio file -> WAV of 16 bits at 16 kHz, its channels mixed."""
+    soundfile = load_soundfile()
+    samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    samples = check_audio(samples.mean(1, keepdims=True), rate, file)
+    with open_output(file) as f, wave.open(f) as out:
+        out.setparams((1, 2, RATE, 0, "NONE", None))
+        out.writeframes((samples.clamp(-1, 1) * (2**15 - 1)).round().short().numpy().tobytes())
+
+
+def load_soundfile():
+    try:
+        import soundfile
+    except ImportError:
+        raise BadInput(f"reading ogg needs soundfile, which is not here: {REQUIREMENTS}") from None
+    return soundfile
 
 
 def unescaped(text):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flora import AdapterLinear, BadInput, check, existing_file, gather, read_json, write_json
+from flora import AdapterLinear, BadInput, existing_file, gather, read_json, write_json
 from model import GPT, GPTConfig, Tokenizer, read_config
 
 # ------------------------------------------------------------------------------------ 1 the model
