@@ -29,9 +29,11 @@ from tqdm import tqdm
 import flora
 import train
 from bench import describe_machine, describe_run
+from extras.fast import BothWays, keep_memory
 from extras.table1 import next_rates, over_seeds
-from extras.whisper_model import (PRESETS, REQUIREMENTS, Whisper, load_whisper,  # noqa: F401
-                                  log_mel, read_audio, window_of, write_greedily)
+from extras.whisper_model import (PRESETS, REQUIREMENTS, Attention, Whisper,  # noqa: F401
+                                  attend_plainly, load_whisper, log_mel, read_audio, window_of,
+                                  write_greedily)
 from flora import BASE, BadInput, open_file, read_json, write_json
 from generate import load_adapters, one_each
 from model import (JSON, base_digest, check_numbers, check_writable, difference, digest, get_device,
@@ -232,18 +234,22 @@ def load(args, device):
 
 
 def speed_up(model, args):
-    """On a CPU, hold the frozen projections packed for both directions (extras/fast.py)."""
-    if torch.device(args.device).type == "cpu" and train.WORLD == 1:
-        fast = flora.extra("fast", "training on a CPU")
-        fast.keep_memory()
-        form = fast.BothWays(getattr(torch, args.dtype))
-        for _, layer in flora.adapter_layers(model):
-            layer.form = form
+    """On a CPU, hold the frozen projections packed for both directions (extras/fast.py), and, in
+    bfloat16, attend by plain matmuls."""
+    if torch.device(args.device).type != "cpu" or train.WORLD > 1:
+        return
+    keep_memory()
+    form = BothWays(getattr(torch, args.dtype))
+    for _, layer in flora.adapter_layers(model):
+        layer.form = form
+    for module in model.modules():
+        if isinstance(module, Attention) and args.dtype == "bfloat16":
+            module.attend = attend_plainly
 
 
 def made_with(args):
     """The digests and flags that decide what a training learns."""
-    data = digest(*(split_of(args, split).digest for split in ("train", "dev")))
+    data = digest(*(split_of(args, split).digest for split in ("train", "dev", "test")))
     return dict(base=base_digest(args.weights), data=data, language=args.language,
                 window=args.window) | train.flags_of(args)
 
@@ -338,14 +344,15 @@ def named_folder(spec):
     return language, folder
 
 
-def run_args(args, language, folder, method, lr, seed, steps=None, name=None):
-    """The flags of one training of the table."""
+def run_args(args, language, folder, method, lr, seed, **more):
+    """The flags of one training of the table. more: those that differ in the choice of rates."""
     adapter, rank = METHODS[method]
     run = argparse.Namespace(**vars(args))
     run.__dict__.update(language=language, data=folder, adapter=adapter, rank=rank, lr=lr, seed=seed,
-                        steps=steps or args.steps, targets=None, json=None, resume=True,
-                        warmup=None, eval_every=None)
-    run.out = f"{args.out}/{language}/{name or f'{method}/{seed}'}"
+                        targets=None, json=None, resume=True, warmup=None,
+                        eval_every=math.ceil(args.steps / 2),
+                        out=f"{args.out}/{language}/{method}/{seed}")
+    run.__dict__.update(more)
     fill_in(run)
     return run
 
@@ -368,8 +375,8 @@ def result_of(run, scored=True):
 
 def base_of(args, language, folder):
     """The base model's score on a test split, kept in OUT/LANGUAGE/base.json."""
-    run = run_args(args, language, folder, "flora-r1", lr=None, seed=0, name="base")
-    file, test = Path(f"{run.out}.json"), split_of(run, "test")
+    run = run_args(args, language, folder, "flora-r1", lr=None, seed=0)
+    file, test = Path(args.out, language, "base.json"), split_of(run, "test")
     settings = dict(base=base_digest(run.weights), data=test.digest, language=language,
                     window=run.window, dtype=run.dtype, max_new_tokens=run.max_new_tokens)
     if file.exists():
@@ -377,6 +384,7 @@ def base_of(args, language, folder):
         check_made_with(file, kept, settings)
         return kept
     model, writing = load(run, get_device(run.device))
+    speed_up(model, run)
     kept = score(model, writing, test, BASE, run) | dict(made_with=settings)
     os.makedirs(file.parent, exist_ok=True)
     write_json(str(file), kept)
@@ -401,8 +409,9 @@ def tune(args, language, folder):
         wanted, tried = [default, 2 * default], {}
         while wanted:
             for rate in wanted:
-                run = run_args(args, language, folder, method, rate, args.seed, args.tune_steps,
-                               f"tune/{method}/{rate:g}")
+                run = run_args(args, language, folder, method, rate, args.seed, steps=args.tune_steps,
+                               eval_every=args.tune_steps,
+                               out=f"{args.out}/{language}/tune/{method}/{rate:g}")
                 try:
                     tried[rate] = result_of(run, scored=False)["heldout_loss_after"]
                 except FloatingPointError as e:
@@ -419,11 +428,11 @@ def show(args, bases, logs, rates, sweep):
     cells = {language: {} for language in logs}
     for language, methods in logs.items():
         print(f"\n{language}: {bases[language]['clips']} test clips, {bases[language]['words']} words; "
-              f"{args.steps} steps of {args.batch_size} clips, {args.dtype}, seeds "
-              f"{len(methods[args.methods[0]])}; mean ± standard deviation over seeds, %\n\n| | rate | parameters | "
+              f"{args.steps} steps of {args.batch_size} clips, {args.dtype}, "
+              f"{len(methods[args.methods[0]])} seeds; mean ± standard deviation over seeds, %\n\n| | rate | parameters | "
               + " | ".join(RATES.values()) + " | training, s |\n" + "|---" * 7 + "|")
         base = bases[language]
-        print(f"| base | | | " + " | ".join(f"{base[key]:.1f}" for key in RATES) + " | |")
+        print("| base | | | " + " | ".join(f"{base[key]:.1f}" for key in RATES) + " | |")
         for method, runs in methods.items():
             row = {key: over_seeds([run["after"][key] for run in runs]) for key in RATES}
             row["seconds"] = over_seeds([run["seconds"] for run in runs])

@@ -74,7 +74,18 @@ PRESETS = {
 }
 
 
+def attend_plainly(q, k, v, is_causal=False):
+    """F.scaled_dot_product_attention by plain matmuls: twice as fast to train with on a CPU in
+    bfloat16."""
+    scores = (q * q.shape[-1]**-0.5) @ k.mT                                   # [B, H, T, S]
+    if is_causal:
+        scores = scores + torch.full_like(scores[0, 0], float("-inf")).triu(1)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
 class Attention(nn.Module):
+    attend = staticmethod(F.scaled_dot_product_attention)
+
     def __init__(self, C, heads):
         super().__init__()
         self.heads = heads
@@ -94,7 +105,7 @@ class Attention(nn.Module):
     def forward(self, x, adapters, kv, causal=False):
         """x [B, T, C] looks at kv [2, B, H, S, D]: at all of it, or, causal, at what came before."""
         q, (k, v) = self.split(self.q_proj(x, adapters)), kv
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)         # [B, H, T, D]
+        y = self.attend(q, k, v, is_causal=causal)                            # [B, H, T, D]
         return self.out_proj(y.transpose(1, 2).flatten(2), adapters)
 
 
