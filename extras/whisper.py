@@ -4,6 +4,7 @@
   python -m extras.whisper train --weights out/whisper-base --data out/czech --language cs --adapter flora --rank 1
   python -m extras.whisper transcribe --weights out/whisper-base --language cs lt \\
       --adapter out/whisper/cs-flora-r1/adapter.safetensors none one.wav two.wav
+  python -m extras.whisper score --weights out/whisper-base --data out/czech --language cs
   python -m extras.whisper table --weights out/whisper-base --data cs=out/czech
 
 --weights is a Hugging Face folder of a multilingual Whisper, tiny to large-v3. --data is a folder in
@@ -31,9 +32,8 @@ import train
 from bench import describe_machine, describe_run
 from extras.fast import BothWays, keep_memory
 from extras.table1 import next_rates, over_seeds
-from extras.whisper_model import (PRESETS, REQUIREMENTS, Attention, Whisper,  # noqa: F401
-                                  attend_plainly, load_whisper, log_mel, read_audio, window_of,
-                                  write_greedily)
+from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly, load_whisper,
+                                  log_mel, read_audio, window_of, write_greedily)
 from flora import BASE, BadInput, open_file, read_json, write_json
 from generate import load_adapters, one_each
 from model import (JSON, base_digest, check_numbers, check_writable, difference, digest, get_device,
@@ -52,14 +52,16 @@ LEARNING_RATES = {"flora": 2e-2, "lora": 3e-3, "ia3": 2e-2, "hira": 2e-2}
 
 class Clips:
     """A split of a folder, FOLDER/SPLIT.tsv: its sentences, and the features of its clips, which are
-    computed once and held as float16. Clips longer than the window are left out."""
+    computed once and held as float16. Clips longer than `longest` seconds (default: the window) are
+    left out."""
 
-    def __init__(self, folder, split, window, n_mels):
+    def __init__(self, folder, split, window, n_mels, longest=None):
+        longest = longest or window
         self.sentences, self.mels, parts = [], [], []
         rows, self.dropped = read_split(folder, split), 0
         for file, sentence in tqdm(rows, desc=f"{split}: features", unit="clip", leave=False):
             samples = read_audio(file)
-            if len(samples) > window * 16000:
+            if len(samples) > longest * RATE:
                 self.dropped += 1
                 continue
             mel = log_mel(samples, n_mels, window, file)
@@ -68,9 +70,9 @@ class Clips:
             parts += [sentence, self.mels[-1].numpy().tobytes()]
         self.digest = digest(*parts)
         if not self.mels:
-            raise BadInput(f"{folder}/{split}.tsv: names no clip of at most {window} s; give others, or "
+            raise BadInput(f"{folder}/{split}.tsv: names no clip of at most {longest} s; give others, or "
                            "a larger --window")
-        train.say(f"{split}: {len(self.mels)} clips, {self.dropped} longer than {window} s left out")
+        train.say(f"{split}: {len(self.mels)} clips, {self.dropped} longer than {longest} s left out")
 
     def mel(self, rows):
         """-> float32 [n, n_mels, F]."""
@@ -211,7 +213,7 @@ def fit_adapter(args):
     parameters = flora.adapter_parameters(model, adapter_id)
     train.say_sizes(args, model, parameters)
     speed_up(model, args)
-    log, _ = train.fit(
+    log, rate = train.fit(
         model, parameters, partial(next_batch, clips["train"], writing, args, model.config.n_positions),
         lambda model, mel, x, y: loss_of(model, adapter_id, mel, x, y),
         partial(heldout_loss, model, clips["dev"], writing, adapter_id, args), args, checkpoint)
@@ -219,6 +221,7 @@ def fit_adapter(args):
                   steps=args.steps, batch_size=args.batch_size, language=args.language, window=args.window,
                   heldout_loss_before=log[0]["heldout_loss"], heldout_loss_after=log[-1]["heldout_loss"],
                   trainable_parameters=train.count(parameters), seconds=log[-1]["seconds"],
+                  seconds_per_step=args.tokens_per_step / rate if rate else None,
                   total_parameters=train.count(model.base_parameters()),
                   peak_memory_bytes=train.peak_memory(device), device=args.device, dtype=args.dtype,
                   torch=torch.__version__, made_with=args.made_with, log=log)
@@ -281,6 +284,23 @@ def finish(args, model, writing, test, adapter_id, report):
     print(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
           f"nats/token, {report['seconds']:.0f} s; saved {file}")
     return report
+
+
+def score_adapters(args):
+    """`score`: the error rates of test.tsv with the base model or with adapters, one after another."""
+    load_jiwer()
+    check_writable(args.json, "--json", JSON)
+    model, writing = load(args, get_device(args.device))
+    n_mels, scores = model.config.n_mels, {}
+    test = Clips(args.data, "test", args.window, n_mels, args.longest)
+    model.pack()
+    for name, adapter_id in load_adapters(model, args.adapter).items():
+        if name in args.adapter:
+            scores[name] = score(model, writing, test, adapter_id, args)
+            said = ", ".join(f"{what} {scores[name][key]:.1f} %" for key, what in RATES.items())
+            print(f"{name}: {said}; {scores[name]['words']} words, {scores[name]['seconds']:.0f} s")
+    if args.json:
+        write_json(args.json, scores)
 
 
 # -------------------------------------------------------------------------------------- transcribe
@@ -458,17 +478,19 @@ def learning_rate(kind):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in dict(transcribe=transcribe, train=train_adapter, table=table).items():
+    for name, run, add_flags in [
+            ("transcribe", transcribe, add_transcribe_flags), ("train", train_adapter, add_train_flags),
+            ("score", score_adapters, add_score_flags), ("table", table, add_table_flags)]:
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run, quantize=None, grad_accum=1, compile=False)
-        dict(transcribe=add_transcribe_flags, train=add_train_flags, table=add_table_flags)[name](command.add_argument)
+        add_flags(command.add_argument)
         command.add_argument("--weights", required=True, metavar="FOLDER", help="a Whisper, a Hugging Face folder")
         command.add_argument("--window", type=int, default=30 if name == "transcribe" else 6,
                              help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
         command.add_argument("--max-new-tokens", type=int, default=224 if name == "transcribe" else 100)
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument("--dtype", choices=["float32", "bfloat16"],
-                             default="float32" if name == "transcribe" else "bfloat16")
+                             default="bfloat16" if name in ("train", "table") else "float32")
         command.add_argument("--json", metavar="FILE", help="write the results there as JSON")
     args = parser.parse_args(argv)
     check_args(args)
@@ -478,7 +500,7 @@ def parse_args(argv=None):
 
 
 def add_transcribe_flags(add):
-    add("clips", nargs="+", metavar="CLIP", help="WAV of 16 bits; with soundfile or ffmpeg also flac, ogg, mp3")
+    add("clips", nargs="+", metavar="CLIP", help="WAV of 16 bits; with soundfile also flac, ogg, mp3")
     add("--language", nargs="+", required=True, metavar="CODE", help="as cs; one for all clips, or one each")
     add("--adapter", nargs="+", default=["none"], metavar="FILE",
         help="one for all clips, or one each; none is the base model")
@@ -499,6 +521,13 @@ def add_train_flags(add):
     add("--out", metavar="FOLDER", help="default: out/whisper/LANGUAGE-ADAPTER-rRANK")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add_loop_flags(add)
+
+
+def add_score_flags(add):
+    add("--data", required=True, metavar="FOLDER", help="with test.tsv and clips/")
+    add("--language", required=True, metavar="CODE", help="as cs")
+    add("--adapter", nargs="+", default=["none"], metavar="FILE", help="none is the base model")
+    add("--longest", type=float, help="seconds; longer clips are left out (default: the window)")
 
 
 def add_table_flags(add):
@@ -524,7 +553,7 @@ def check_args(args):
     counts = [flag for flag in ("rank", "steps", "batch_size", "window", "max_new_tokens", "eval_every", "tune_steps")
               if flag in present]
     check_numbers(args, at_least_1=counts, at_least_0=[f for f in ("warmup", "seed", "seeds") if f in present],
-                  above_0=[flag for flag in ("lr", "clip", "alpha") if flag in present])
+                  above_0=[flag for flag in ("lr", "clip", "alpha", "longest") if flag in present])
 
 
 def fill_in(args):

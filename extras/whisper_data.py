@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from extras.whisper_model import RATE, REQUIREMENTS, Whisper, WhisperConfig, check_audio
+from extras.whisper_model import RATE, Whisper, WhisperConfig, check_audio, read_sound
 from flora import BadInput, check_weights, existing_file, open_file, open_output, write_json
 from model import run_main
 
@@ -199,20 +199,11 @@ def czech(args):
 
 def write_wav(file, content):
     """The bytes of an audio file -> WAV of 16 bits at 16 kHz, its channels mixed."""
-    soundfile = load_soundfile()
-    samples, rate = soundfile.read(io.BytesIO(content), dtype="float32", always_2d=True)
+    samples, rate = read_sound(io.BytesIO(content), file)
     samples = check_audio(samples.mean(1, keepdims=True), rate, file)
     with open_output(file) as f, wave.open(f) as out:
         out.setparams((1, 2, RATE, 0, "NONE", None))
         out.writeframes((samples.clamp(-1, 1) * (2**15 - 1)).round().short().numpy().tobytes())
-
-
-def load_soundfile():
-    try:
-        import soundfile
-    except ImportError:
-        raise BadInput(f"reading ogg needs soundfile, which is not here: {REQUIREMENTS}") from None
-    return soundfile
 
 
 def unescaped(text):
@@ -265,13 +256,16 @@ def bare(sentence):
 # ------------------------------------------------------------------------------------ the command
 
 
-def main():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["weights", "czech"])
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--out", required=True, metavar="FOLDER")
-    args = parser.parse_args()
-    os.makedirs(args.out, exist_ok=True)
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse_args()
     dict(weights=weights, czech=czech)[args.what](args)
 
 

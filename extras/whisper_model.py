@@ -13,8 +13,6 @@ D = C / H.
 import math
 import os
 import re
-import shutil
-import subprocess
 import wave
 from dataclasses import dataclass
 from typing import ClassVar
@@ -282,7 +280,7 @@ def window_of(config):
 
 def read_audio(file):
     """A file of one channel -> float32 [n] at 16 kHz: WAV of 16 bits by the standard library, all
-    else by soundfile or, where that fails, ffmpeg."""
+    else (flac, ogg, mp3, ...) by soundfile."""
     existing_file(file, "audio file")
     samples, rate = read_wav(file) or read_sound(file)
     return check_audio(samples, rate, file)
@@ -301,23 +299,17 @@ def read_wav(file):
     return data.reshape(-1, channels).astype(np.float32) / 2**15, rate
 
 
-def read_sound(file):
-    """The same of every format that soundfile reads (flac, ogg, mp3), or ffmpeg where it is there."""
+def read_sound(file, name=None):
+    """The same of any file, or file object called `name`, that soundfile reads."""
     try:
         import soundfile
     except ImportError:
-        raise BadInput(f"{file}: only WAV of 16 bits is read without soundfile; if it is audio of "
-                       f"another kind: {REQUIREMENTS}") from None
+        raise BadInput(f"{name or file}: only WAV of 16 bits is read without soundfile; for other "
+                       f"audio: {REQUIREMENTS}") from None
     try:
-        return soundfile.read(str(file), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, OSError) as e:
-        reason = str(e).splitlines()[0]
-    if shutil.which("ffmpeg"):
-        command = ["ffmpeg", "-v", "error", "-i", str(file), "-f", "f32le", "-ac", "1", "-ar", str(RATE), "-"]
-        run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-        if run.returncode == 0:
-            return np.frombuffer(run.stdout, "<f4")[:, None], RATE
-    raise BadInput(f"{file}: not readable as audio ({reason})")
+        return soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, OSError, TypeError) as e:
+        raise BadInput(f"{name or file}: not readable as audio ({str(e).splitlines()[0]})") from None
 
 
 def check_audio(samples, rate, file):
