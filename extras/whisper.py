@@ -1,16 +1,17 @@
 """Speech to text: the paper's second task (§4.3, Table 2), with Whisper.
 
   python -m extras.whisper transcribe --weights out/whisper-base --language cs clip.wav
-  python -m extras.whisper train --weights out/whisper-base --data out/czech --language cs --adapter flora --rank 1
+  python -m extras.whisper train --weights out/whisper-base --data out/czech --language cs \\
+      --adapter flora --rank 1
   python -m extras.whisper transcribe --weights out/whisper-base --language cs lt \\
-      --adapter out/whisper/cs-flora-r1/adapter.safetensors none one.wav two.wav
+      --adapter out/whisper/cs-flora-r1/adapter.safetensors none -- one.wav two.wav
   python -m extras.whisper score --weights out/whisper-base --data out/czech --language cs
   python -m extras.whisper table --weights out/whisper-base --data cs=out/czech
 
---weights is a Hugging Face folder of a multilingual Whisper, tiny to large-v3. --data is a folder in
-Common Voice's layout; extras/whisper_data.py makes one of each. Adapters go to every fully connected
-layer of both halves (App. A). Training is by train.py's loop (train.fit) and writes what train.py does.
-An interrupted table goes on by the same command.
+--weights is a Hugging Face folder of a multilingual Whisper, tiny to large-v3. --data is a folder
+in Common Voice's layout. extras/whisper_data.py makes one of each. Adapters go to every fully
+connected layer of both halves (App. A). Training is by train.py's loop (train.fit) and writes what
+train.py does; an interrupted table goes on by the same command.
 """
 import argparse
 import csv
@@ -32,8 +33,8 @@ import train
 from bench import describe_machine, describe_run
 from extras.fast import BothWays, keep_memory
 from extras.table1 import next_rates, over_seeds
-from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly, load_whisper,
-                                  log_mel, read_audio, window_of, write_greedily)
+from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly,
+                                  load_whisper, log_mel, read_audio, window_of, write_greedily)
 from flora import BASE, BadInput, open_file, read_json, write_json
 from generate import load_adapters, one_each
 from model import (JSON, base_digest, check_numbers, check_writable, difference, digest, get_device,
@@ -44,39 +45,43 @@ MODEL = Whisper   # model.py finds it by config.json's model_type
 METHODS = {  # name in the table: adapter, rank
     "flora-r1": ("flora", 1), "flora-r4": ("flora", 4), "ia3": ("ia3", 1),
     "lora-r1": ("lora", 1), "lora-r4": ("lora", 4), "hira-r1": ("hira", 1)}
-# Defaults, found on Czech with the base model; the paper's for Whisper large: 6e-3, 2e-4, 4e-3
+PAPERS = ["flora-r1", "flora-r4", "ia3", "lora-r1", "lora-r4"]   # those of Table 2
+# Where the search begins, and the default; the paper's for Whisper large: 6e-3, 2e-4, 4e-3
 LEARNING_RATES = {"flora": 2e-2, "lora": 3e-3, "ia3": 2e-2, "hira": 2e-2}
+RATES = {"wer": "raw WER", "wer_normalised": "normalised WER", "cer": "CER"}
 
 # ------------------------------------------------------------------------------------------- data
 
 
 class Clips:
-    """A split of a folder, FOLDER/SPLIT.tsv: its sentences, and the features of its clips, which are
-    computed once and held as float16. Clips longer than `longest` seconds (default: the window) are
-    left out."""
+    """A split of a folder, FOLDER/SPLIT.tsv: its sentences, and the features of its clips, which
+    are computed once and held as float16. Clips longer than `longest` seconds (default: the
+    window) are left out."""
 
     def __init__(self, folder, split, window, n_mels, longest=None):
-        longest = longest or window
-        self.sentences, self.mels, parts = [], [], []
-        rows, self.dropped = read_split(folder, split), 0
+        self.sentences, self.mels = [], []
+        rows, longest = read_split(folder, split), longest or window
         for file, sentence in tqdm(rows, desc=f"{split}: features", unit="clip", leave=False):
             samples = read_audio(file)
-            if len(samples) > longest * RATE:
-                self.dropped += 1
-                continue
-            mel = log_mel(samples, n_mels, window, file)
-            self.sentences.append(sentence)
-            self.mels.append(mel.half())
-            parts += [sentence, self.mels[-1].numpy().tobytes()]
-        self.digest = digest(*parts)
+            if len(samples) <= longest * RATE:
+                self.sentences.append(sentence)
+                self.mels.append(log_mel(samples, n_mels, window, file).half())
         if not self.mels:
-            raise BadInput(f"{folder}/{split}.tsv: names no clip of at most {longest} s; give others, or "
-                           "a larger --window")
-        train.say(f"{split}: {len(self.mels)} clips, {self.dropped} longer than {longest} s left out")
+            raise BadInput(f"{folder}/{split}.tsv: names no clip of at most {longest} s; give "
+                           "others, or a larger --window")
+        pairs = zip(self.sentences, (mel.numpy().tobytes() for mel in self.mels))
+        self.digest = digest(*(part for pair in pairs for part in pair))
+        train.say(f"{split}: {len(self.mels)} clips, {len(rows) - len(self.mels)} longer than "
+                  f"{longest} s left out")
 
     def mel(self, rows):
         """-> float32 [n, n_mels, F]."""
         return torch.stack([self.mels[i] for i in rows]).float()
+
+    def shortest_first(self, n):
+        """All clips' numbers, in lists of n with sentences of about one length."""
+        order = sorted(range(len(self.mels)), key=lambda i: len(self.sentences[i]))
+        return [order[at:at + n] for at in range(0, len(order), n)]
 
 
 clips_of = lru_cache(maxsize=3)(Clips)   # the trainings of a table share them
@@ -88,7 +93,7 @@ def split_of(args, split):
 
 
 def read_split(folder, split):
-    """[(file, sentence)] of FOLDER/SPLIT.tsv. A path is looked for in FOLDER/clips, then in FOLDER."""
+    """[(file, sentence)] of FOLDER/SPLIT.tsv. A path lies in FOLDER/clips, or else in FOLDER."""
     tsv = flora.existing_file(os.path.join(folder, f"{split}.tsv"), "table of clips")
     try:
         with open_file(tsv, "rb") as f:
@@ -98,17 +103,19 @@ def read_split(folder, split):
         raise BadInput(f"{tsv}: not readable as a table of UTF-8 text ({e})") from None
     found = []
     for n, row in enumerate(rows, start=2):
-        if not row.get("path") or not (row.get("sentence") or "").strip():
-            raise BadInput(f"{tsv}: line {n} has no path or no sentence; the table needs both columns, "
-                           "with tabs between them")
-        places = [os.path.join(folder, "clips", row["path"]), os.path.join(folder, row["path"])]
-        found.append((next(filter(os.path.exists, places), places[0]), row["sentence"].strip()))
+        path, sentence = row.get("path"), (row.get("sentence") or "").strip()
+        if not path or not sentence:
+            raise BadInput(f"{tsv}: line {n} has no path or no sentence; the table needs both "
+                           "columns, with tabs between them")
+        places = [os.path.join(folder, "clips", path), os.path.join(folder, path)]
+        found.append((next(filter(os.path.exists, places), places[0]), sentence))
     return found
 
 
-def make_batch(clips, rows, writing, prompt, limit):
-    """Clips and their sentences -> mel [n, n_mels, F], x int64 [n, T], their next tokens y [n, T], of
-    which those of the prompt and the padding are -100."""
+def make_batch(clips, rows, writing, language, limit):
+    """Clips and their sentences -> mel [n, n_mels, F], x int64 [n, T], their next tokens y [n, T],
+    of which those of the prompt and the padding are -100. limit: of the model, in tokens."""
+    prompt = writing.prompt(language)
     texts = [prompt + writing.encode(clips.sentences[i]) for i in rows]
     longest = max(map(len, texts)) - 1
     if longest > limit:
@@ -123,22 +130,23 @@ def make_batch(clips, rows, writing, prompt, limit):
     return clips.mel(rows), x, y
 
 
-# ------------------------------------------------------------------------------- the word error rate
+# ----------------------------------------------------------------------------- the word error rate
 
 
 def normalised(text):
     """Lower case, without punctuation and symbols; marks, as in Devanagari, stay."""
-    kept = (" " if unicodedata.category(c)[0] in "PS" else c for c in unicodedata.normalize("NFKC", text))
+    text = unicodedata.normalize("NFKC", text)
+    kept = (" " if unicodedata.category(c)[0] in "PS" else c for c in text)
     return " ".join("".join(kept).lower().split())
 
 
 def error_rates(sentences, written):
-    """Percent of words that are wrong, as they are and normalised, and of characters as they are."""
+    """Percent of the words that are wrong, as they are and normalised, and of the characters."""
     jiwer = load_jiwer()
-    bare = [[normalised(text) for text in texts] for texts in (sentences, written)]
-    pairs = [(said, heard) for said, heard in zip(*bare) if said]   # jiwer takes no empty reference
+    bare = [(normalised(said), normalised(heard)) for said, heard in zip(sentences, written)]
+    said, heard = zip(*[pair for pair in bare if pair[0]] or [("-", "-")])   # jiwer's none is empty
     return dict(wer=100 * jiwer.wer(sentences, written),
-                wer_normalised=100 * jiwer.wer(*map(list, zip(*pairs))) if pairs else None,
+                wer_normalised=100 * jiwer.wer(list(said), list(heard)),
                 cer=100 * jiwer.cer(sentences, written))
 
 
@@ -146,63 +154,67 @@ def load_jiwer():
     try:
         import jiwer
     except ImportError:
-        raise BadInput(f"the word error rate needs jiwer, which is not here: {REQUIREMENTS}") from None
+        raise BadInput("the word error rate needs jiwer, which is not here: "
+                       f"{REQUIREMENTS}") from None
     return jiwer
 
 
 def score(model, writing, clips, adapter_id, args):
     """Write down all clips with one adapter -> their error rates, seconds and texts."""
-    order = sorted(range(len(clips.sentences)), key=lambda i: len(clips.sentences[i]))
-    written, begin = [""] * len(order), time.time()
+    written, begin, device = [""] * len(clips.mels), time.time(), torch.device(args.device)
+    prompt = writing.prompt(args.language)
     flora.freeze_bank(model)
-    for at in tqdm(range(0, len(order), 16), desc="word error rate", unit="batch", leave=False):
-        rows = order[at:at + 16]
-        mel = clips.mel(rows).to(args.device)
-        prompts = torch.tensor([writing.prompt(args.language)] * len(rows), device=args.device)
-        ids = torch.full((len(rows),), adapter_id, device=args.device)
-        for row, text in zip(rows, write_greedily(model, writing, mel, prompts, ids, args.max_new_tokens)):
+    for rows in tqdm(clips.shortest_first(16), desc="writing", unit="batch", leave=False):
+        texts = write_greedily(
+            model, writing, clips.mel(rows).to(device),
+            torch.tensor([prompt] * len(rows), device=device),
+            train.row_ids(adapter_id, len(rows), device), args.max_new_tokens)
+        for row, text in zip(rows, texts):
             written[row] = writing.decode(text)
-    return dict(**error_rates(clips.sentences, written), clips=len(order),
-                words=sum(len(text.split()) for text in clips.sentences), seconds=time.time() - begin,
-                texts=written)
+    return dict(**error_rates(clips.sentences, written), clips=len(written),
+                words=sum(len(sentence.split()) for sentence in clips.sentences),
+                seconds=time.time() - begin, texts=written)
+
+
+def said(scores):
+    return ", ".join(f"{what} {scores[key]:.1f} %" for key, what in RATES.items())
 
 
 # ---------------------------------------------------------------------------------------- training
 
 
-def loss_of(model, adapter_id, mel, x, y):
-    """Mean loss in nats of the tokens of the sentences."""
-    ids = torch.full((len(x),), adapter_id, device=x.device)
-    return F.cross_entropy(model(x, ids, mel).flatten(0, 1).float(), y.flatten())
+def loss_of(adapter_id, model, mel, x, y):
+    """Mean loss of the sentences' tokens, in nats."""
+    logits = model(x, train.row_ids(adapter_id, len(x), x.device), mel)
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
 @torch.no_grad()
 def heldout_loss(model, clips, writing, adapter_id, args):
-    """Mean loss of the clips' tokens, in nats."""
-    order = sorted(range(len(clips.sentences)), key=lambda i: len(clips.sentences[i]))
-    prompt, total, tokens = writing.prompt(args.language), 0.0, 0
-    for at in range(0, len(order), 8):
-        mel, x, y = (tensor.to(args.device) for tensor in make_batch(
-            clips, order[at:at + 8], writing, prompt, model.config.n_positions))
-        n = int((y != -100).sum())
-        with train.autocast(torch.device(args.device), args.dtype):
-            total, tokens = total + n * loss_of(model, adapter_id, mel, x, y).item(), tokens + n
+    """The same over all clips."""
+    total, tokens, device = 0.0, 0, torch.device(args.device)
+    for rows in clips.shortest_first(8):
+        batch = make_batch(clips, rows, writing, args.language, model.config.n_positions)
+        n = int((batch[2] != -100).sum())
+        with train.autocast(device, args.dtype):
+            loss = loss_of(adapter_id, model, *(tensor.to(device) for tensor in batch))
+        total, tokens = total + n * loss.item(), tokens + n
     return total / tokens
 
 
 def next_batch(clips, writing, args, limit, step, micro):
     """This process's share of a micro-batch, drawn from the seed and the step alone."""
-    rng = np.random.default_rng([args.seed, step, micro])
-    n, few = args.batch_size // train.WORLD, len(clips.mels) < args.batch_size
-    rows = rng.choice(len(clips.mels), args.batch_size, replace=few)[train.RANK * n:][:n]
-    return make_batch(clips, rows, writing, writing.prompt(args.language), limit)
+    rng, n = np.random.default_rng([args.seed, step, micro]), args.batch_size // train.WORLD
+    again = len(clips.mels) < args.batch_size
+    rows = rng.choice(len(clips.mels), args.batch_size, replace=again)[train.RANK * n:][:n]
+    return make_batch(clips, rows, writing, args.language, limit)
 
 
 def fit_adapter(args):
-    """Train one adapter as the flags say -> (model, writing, adapter id, the report)."""
+    """Train one adapter as the flags say -> (model, its Writing, adapter id, the report)."""
     device = train.start_processes(args)
     model, writing = load(args, device)
-    clips = {split: split_of(args, split) for split in ("train", "dev")}
+    clips, heldout = split_of(args, "train"), split_of(args, "dev")
     args.made_with = made_with(args)
     checkpoint = train.open_checkpoint(args)
     if checkpoint and train.RANK == 0:
@@ -213,26 +225,32 @@ def fit_adapter(args):
     parameters = flora.adapter_parameters(model, adapter_id)
     train.say_sizes(args, model, parameters)
     speed_up(model, args)
-    log, rate = train.fit(
-        model, parameters, partial(next_batch, clips["train"], writing, args, model.config.n_positions),
-        lambda model, mel, x, y: loss_of(model, adapter_id, mel, x, y),
-        partial(heldout_loss, model, clips["dev"], writing, adapter_id, args), args, checkpoint)
-    report = dict(adapter=args.adapter, rank=args.rank, targets=args.targets, lr=args.lr, seed=args.seed,
-                  steps=args.steps, batch_size=args.batch_size, language=args.language, window=args.window,
-                  heldout_loss_before=log[0]["heldout_loss"], heldout_loss_after=log[-1]["heldout_loss"],
-                  trainable_parameters=train.count(parameters), seconds=log[-1]["seconds"],
-                  seconds_per_step=args.tokens_per_step / rate if rate else None,
-                  total_parameters=train.count(model.base_parameters()),
-                  peak_memory_bytes=train.peak_memory(device), device=args.device, dtype=args.dtype,
-                  torch=torch.__version__, made_with=args.made_with, log=log)
-    return model, writing, adapter_id, report
+    batches = partial(next_batch, clips, writing, args, model.config.n_positions)
+    measure = partial(heldout_loss, model, heldout, writing, adapter_id, args)
+    log, rate = train.fit(model, parameters, batches, partial(loss_of, adapter_id), measure, args,
+                          checkpoint)
+    return model, writing, adapter_id, make_report(args, model, parameters, log, rate)
+
+
+def make_report(args, model, parameters, log, rate):
+    """What OUT/log.json holds, but for the error rates."""
+    names = ("adapter", "rank", "targets", "lr", "seed", "steps", "batch_size", "language",
+             "window", "device", "dtype", "made_with")
+    return {name: getattr(args, name) for name in names} | dict(
+        heldout_loss_before=log[0]["heldout_loss"], heldout_loss_after=log[-1]["heldout_loss"],
+        trainable_parameters=train.count(parameters),
+        total_parameters=train.count(model.base_parameters()), seconds=log[-1]["seconds"],
+        seconds_per_step=args.tokens_per_step / rate if rate else None,
+        peak_memory_bytes=train.peak_memory(model.wte.weight.device), torch=torch.__version__,
+        log=log)
 
 
 def load(args, device):
     """The model and its Writing, by the flags."""
     model, writing = load_whisper(args.weights, device, getattr(torch, args.dtype))
-    if args.window > window_of(model.config):
-        raise BadInput(f"--window {args.window}: this model hears at most {window_of(model.config)} s")
+    longest = window_of(model.config)
+    if args.window > longest:
+        raise BadInput(f"--window {args.window}: this model hears at most {longest} s")
     return model, writing
 
 
@@ -264,95 +282,93 @@ def train_adapter(args):
         model, writing, adapter_id, report = fit_adapter(args)
         if train.RANK > 0:
             return
-        test = split_of(args, "test")
-        before = score(model, writing, test, BASE, args)
-        report |= dict(before=before) | finish(args, model, writing, test, adapter_id, report)
-        print(f"{len(test.mels)} test clips: " + ", ".join(
-            f"{what} {before[key]:.1f} -> {report['after'][key]:.1f} %"
-            for key, what in RATES.items() if before[key] is not None))
+        before = score(model, writing, split_of(args, "test"), BASE, args)
+        report = finish(args, model, writing, adapter_id, report | dict(before=before))
+        print(f"{before['clips']} test clips: {said(before)}\n  -> {said(report['after'])}")
         if args.json:
             write_json(args.json, report)
 
 
-def finish(args, model, writing, test, adapter_id, report):
-    """Write OUT/adapter.safetensors, score it, write OUT/log.json -> the report."""
+def finish(args, model, writing, adapter_id, report):
+    """Write OUT/adapter.safetensors, score it, and write OUT/log.json -> the report."""
     file = str(Path(args.out, "adapter.safetensors"))
-    summary = {key: value for key, value in report.items() if key != "log"}
+    summary = {key: value for key, value in report.items() if key not in ("log", "before")}
     flora.save_adapter(model, adapter_id, file, summary)
-    report = report | dict(adapter_file=file, after=score(model, writing, test, adapter_id, args))
+    after = score(model, writing, split_of(args, "test"), adapter_id, args)
+    report = report | dict(adapter_file=file, after=after)
     write_json(str(Path(args.out, "log.json")), report)
-    print(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
-          f"nats/token, {report['seconds']:.0f} s; saved {file}")
+    print(f"held-out loss {report['heldout_loss_before']:.4f} -> "
+          f"{report['heldout_loss_after']:.4f} nats/token, {report['seconds']:.0f} s; saved {file}")
     return report
 
 
+# --------------------------------------------------------------------------- scoring, transcribing
+
+
 def score_adapters(args):
-    """`score`: the error rates of test.tsv with the base model or with adapters, one after another."""
+    """`score`: the error rates on test.tsv of the base model or of adapters, one after another."""
     load_jiwer()
     check_writable(args.json, "--json", JSON)
     model, writing = load(args, get_device(args.device))
-    n_mels, scores = model.config.n_mels, {}
-    test = Clips(args.data, "test", args.window, n_mels, args.longest)
+    test = Clips(args.data, "test", args.window, model.config.n_mels, args.longest)
     model.pack()
-    for name, adapter_id in load_adapters(model, args.adapter).items():
-        if name in args.adapter:
-            scores[name] = score(model, writing, test, adapter_id, args)
-            said = ", ".join(f"{what} {scores[name][key]:.1f} %" for key, what in RATES.items())
-            print(f"{name}: {said}; {scores[name]['words']} words, {scores[name]['seconds']:.0f} s")
+    loaded, scores = load_adapters(model, args.adapter), {}
+    for name in args.adapter:
+        scores[name] = score(model, writing, test, loaded[name], args)
+        print(f"{name}: {said(scores[name])}; {scores[name]['words']} words, "
+              f"{scores[name]['seconds']:.0f} s")
     if args.json:
         write_json(args.json, scores)
 
 
-# -------------------------------------------------------------------------------------- transcribe
-
-
 def transcribe(args):
-    """`transcribe`: clips, each in its language and with its adapter, in batches -> [{clip, text, ...}]."""
+    """`transcribe`: clips, each in its language and with its adapter, in batches."""
     check_writable(args.json, "--json", JSON)
-    n = len(args.clips)
+    n, device = len(args.clips), get_device(args.device)
     languages = one_each(args.language, n, "--language")
     names = one_each(args.adapter, n, "--adapter")
-    device = get_device(args.device)
     model, writing = load(args, device)
-    prompts = [writing.prompt(language) for language in languages]
-    mels = [log_mel(read_audio(clip), model.config.n_mels, args.window, clip) for clip in args.clips]
-    model.pack()
+    prompts = torch.tensor([writing.prompt(language) for language in languages], device=device)
+    n_mels = model.config.n_mels
+    mels = [log_mel(read_audio(clip), n_mels, args.window, clip) for clip in args.clips]
     loaded, results = load_adapters(model, args.adapter), []
+    ids = torch.tensor([loaded[name] for name in names], device=device)
+    model.pack()
     for at in range(0, n, args.batch_size):
         part = slice(at, at + args.batch_size)
         mel = torch.stack(mels[part]).to(device)
-        ids = torch.tensor([loaded[name] for name in names[part]], device=device)
-        texts = write_greedily(model, writing, mel, torch.tensor(prompts[part], device=device), ids,
-                               args.max_new_tokens)
-        for clip, language, name, text in zip(args.clips[part], languages[part], names[part], texts):
-            results.append(dict(clip=clip, language=language, adapter=name, text=writing.decode(text)))
-            print(f"{clip}\t{results[-1]['text']}", flush=True)
+        texts = write_greedily(model, writing, mel, prompts[part], ids[part], args.max_new_tokens)
+        for i, text in enumerate(map(writing.decode, texts), start=at):
+            print(f"{args.clips[i]}\t{text}", flush=True)
+            results.append(dict(clip=args.clips[i], language=languages[i], adapter=names[i],
+                                text=text))
     if args.json:
         write_json(args.json, results)
-    return results
 
 
 # ------------------------------------------------------------------------------------------- table
 
-RATES = {"wer": "raw WER", "wer_normalised": "normalised WER", "cer": "CER"}
-SCORE = {"wer": float, "wer_normalised?": float, "cer": float, "seconds": float}
+SCORE = {"wer": float, "wer_normalised": float, "cer": float, "seconds": float, "words": int,
+         "clips": int}
 LOG = {"heldout_loss_after": float, "trainable_parameters": int, "seconds": float, "made_with": {}}
 
 
 def table(args):
-    """`table`: every method x seed on every folder, each method at its best rate, chosen on the first."""
+    """`table`: every method x seed on every folder, each method at its best rate, which is chosen
+    on the first folder."""
     load_jiwer()
     args.json = args.json or f"{args.out}/table.json"
     with train.outputs(args):
         folders = dict(named_folder(spec) for spec in args.data)
-        rates, sweep = tune(args, *next(iter(folders.items())))
+        sweep = tune(args, *next(iter(folders.items())))
+        rates = {method: min(tried, key=tried.get) for method, tried in sweep.items()}
         bases = {language: base_of(args, language, folder) for language, folder in folders.items()}
         logs = {language: {method: [] for method in args.methods} for language in folders}
-        for seed in args.seeds:   # outermost: what is there after one seed is a table already
+        for seed in args.seeds:   # outermost: after one seed there is a table already
             for language, folder in folders.items():
                 for method in args.methods:
                     run = run_args(args, language, folder, method, rates[method], seed)
-                    logs[language][method].append(result_of(run, scored=True))
+                    logs[language][method].append(result_of(run))
             show(args, bases, logs, rates, sweep)
 
 
@@ -367,19 +383,17 @@ def named_folder(spec):
 def run_args(args, language, folder, method, lr, seed, **more):
     """The flags of one training of the table. more: those that differ in the choice of rates."""
     adapter, rank = METHODS[method]
-    run = argparse.Namespace(**vars(args))
-    run.__dict__.update(language=language, data=folder, adapter=adapter, rank=rank, lr=lr, seed=seed,
-                        targets=None, json=None, resume=True, warmup=None,
-                        eval_every=math.ceil(args.steps / 2),
-                        out=f"{args.out}/{language}/{method}/{seed}")
-    run.__dict__.update(more)
+    run = argparse.Namespace(**vars(args) | dict(
+        language=language, data=folder, adapter=adapter, rank=rank, lr=lr, seed=seed, targets=None,
+        json=None, resume=True, warmup=None, eval_every=math.ceil(args.steps / 2),
+        out=f"{args.out}/{language}/{method}/{seed}") | more)
     fill_in(run)
     return run
 
 
 def result_of(run, scored=True):
-    """A run's log.json. Where there is none yet it is trained, and, if `scored`, its error rates are
-    measured. BadInput if what is there was made with other settings."""
+    """A run's log.json. Where there is none yet it is trained, and, if `scored`, its error rates
+    are measured. BadInput if what is there was made with other settings."""
     file = Path(run.out, "log.json")
     if file.exists():
         log = read_json(file, LOG | ({"after": SCORE} if scored else {}))
@@ -388,7 +402,7 @@ def result_of(run, scored=True):
     os.makedirs(run.out, exist_ok=True)
     model, writing, adapter_id, report = fit_adapter(run)
     if scored:
-        return finish(run, model, writing, split_of(run, "test"), adapter_id, report)
+        return finish(run, model, writing, adapter_id, report)
     write_json(str(file), report)
     return report
 
@@ -418,19 +432,19 @@ def check_made_with(file, kept, now):
 
 
 def tune(args, language, folder):
-    """Choose each method's learning rate by the loss on dev.tsv, with the seed --seed and
-    --tune-steps -> ({method: rate}, {method: {rate: loss}}).
+    """The loss on dev.tsv of each method and rate, with the seed --seed and --tune-steps
+    -> {method: {rate: loss}}.
 
     The rates go up from the kind's default by factors of two, and on in either direction while the
     last one tried is the best."""
     sweep = {}
     for method in args.methods:
-        default = learning_rate(METHODS[method][0])
-        wanted, tried = [default, 2 * default], {}
+        default, tried = learning_rate(METHODS[method][0]), {}
+        wanted = [default, 2 * default]
         while wanted:
             for rate in wanted:
-                run = run_args(args, language, folder, method, rate, args.seed, steps=args.tune_steps,
-                               eval_every=args.tune_steps,
+                run = run_args(args, language, folder, method, rate, args.seed,
+                               steps=args.tune_steps, eval_every=args.tune_steps,
                                out=f"{args.out}/{language}/tune/{method}/{rate:g}")
                 try:
                     tried[rate] = result_of(run, scored=False)["heldout_loss_after"]
@@ -439,33 +453,45 @@ def tune(args, language, folder):
                     tried[rate] = math.inf
             wanted = next_rates(tried)
         sweep[method] = tried
-        print(f"{method}: " + "  ".join(f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried)))
-    return {method: min(tried, key=tried.get) for method, tried in sweep.items()}, sweep
+        cells = "  ".join(f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried))
+        print(f"{method}: loss on dev.tsv by rate: {cells}")
+    return sweep
 
 
 def show(args, bases, logs, rates, sweep):
-    """Print the table as far as it goes, in Markdown, and write it to --json."""
-    cells = {language: {} for language in logs}
-    for language, methods in logs.items():
-        print(f"\n{language}: {bases[language]['clips']} test clips, {bases[language]['words']} words; "
-              f"{args.steps} steps of {args.batch_size} clips, {args.dtype}, "
-              f"{len(methods[args.methods[0]])} seeds; mean ± standard deviation over seeds, %\n\n| | rate | parameters | "
-              + " | ".join(RATES.values()) + " | training, s |\n" + "|---" * 7 + "|")
-        base = bases[language]
-        print("| base | | | " + " | ".join(f"{base[key]:.1f}" for key in RATES) + " | |")
-        for method, runs in methods.items():
-            row = {key: over_seeds([run["after"][key] for run in runs]) for key in RATES}
-            row["seconds"] = over_seeds([run["seconds"] for run in runs])
-            cells[language][method] = row
-            print(f"| {method} | {rates[method]:g} | {runs[0]['trainable_parameters']:,} | "
-                  + " | ".join(f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}" for key in RATES)
-                  + f" | {row['seconds']['mean']:.0f} |")
+    """Print the table as far as it goes, and write it to --json."""
+    rows = {language: {method: row_of(runs) for method, runs in methods.items()}
+            for language, methods in logs.items()}
+    for language, methods in rows.items():
+        print_rows(args, language, bases[language], methods, rates)
+    bases = {language: {key: base[key] for key in SCORE} for language, base in bases.items()}
     sweep = {method: {f"{rate:g}": loss for rate, loss in tried.items() if loss < math.inf}
              for method, tried in sweep.items()}
-    without_texts = {language: {k: v for k, v in base.items() if k != "texts"} for language, base in bases.items()}
-    write_json(args.json, dict(run=describe_run(), machine=describe_machine(torch.device(args.device)),
-                               base=without_texts, table=cells, rates=rates, sweep=sweep, seeds=args.seeds,
-                               steps=args.steps, batch_size=args.batch_size, dtype=args.dtype))
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "window", "dtype")}
+    write_json(args.json, dict(
+        run=describe_run(), machine=describe_machine(torch.device(args.device)), base=bases,
+        table=rows, rates=rates, sweep=sweep, **settings))
+
+
+def row_of(runs):
+    """The log.json of each seed -> {measure: mean, spread, seeds}."""
+    row = {key: over_seeds([run["after"][key] for run in runs]) for key in RATES}
+    return row | dict(seconds=over_seeds([run["seconds"] for run in runs]),
+                      parameters=runs[0]["trainable_parameters"])
+
+
+def print_rows(args, language, base, methods, rates):
+    """One language, in Markdown."""
+    seeds = len(next(iter(methods.values()))["wer"]["seeds"])
+    print(f"\n{language}: {base['clips']} test clips, {base['words']} words; {args.steps} steps of "
+          f"{args.batch_size} clips, {args.dtype}; {seeds} seeds, mean ± standard deviation, %\n\n"
+          f"| | rate | parameters | {' | '.join(RATES.values())} | training, s |\n"
+          + 7 * "|---" + "|")
+    print("| base | | | " + " | ".join(f"{base[key]:.1f}" for key in RATES) + " | |")
+    for method, row in methods.items():
+        cells = [f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}" for key in RATES]
+        print(f"| {method} | {rates[method]:g} | {row['parameters']:,} | {' | '.join(cells)} | "
+              f"{row['seconds']['mean']:.0f} |")
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -476,22 +502,17 @@ def learning_rate(kind):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run, add_flags in [
-            ("transcribe", transcribe, add_transcribe_flags), ("train", train_adapter, add_train_flags),
-            ("score", score_adapters, add_score_flags), ("table", table, add_table_flags)]:
+    for name, run, add_flags in [("transcribe", transcribe, add_transcribe_flags),
+                                 ("train", train_adapter, add_train_flags),
+                                 ("score", score_adapters, add_score_flags),
+                                 ("table", table, add_table_flags)]:
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run, quantize=None, grad_accum=1, compile=False)
         add_flags(command.add_argument)
-        command.add_argument("--weights", required=True, metavar="FOLDER", help="a Whisper, a Hugging Face folder")
-        command.add_argument("--window", type=int, default=30 if name == "transcribe" else 6,
-                             help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
-        command.add_argument("--max-new-tokens", type=int, default=224 if name == "transcribe" else 100)
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        command.add_argument("--dtype", choices=["float32", "bfloat16"],
-                             default="bfloat16" if name in ("train", "table") else "float32")
-        command.add_argument("--json", metavar="FILE", help="write the results there as JSON")
+        add_common_flags(command.add_argument, name)
     args = parser.parse_args(argv)
     check_args(args)
     if args.command == "train":
@@ -499,24 +520,38 @@ def parse_args(argv=None):
     return args
 
 
+def add_common_flags(add, command):
+    trains = command in ("train", "table")
+    add("--weights", required=True, metavar="FOLDER", help="a Whisper, as a Hugging Face folder")
+    add("--window", type=int, default=30 if command == "transcribe" else 6,
+        help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if trains else "float32")
+    add("--json", metavar="FILE", help="write the results there as JSON")
+
+
 def add_transcribe_flags(add):
-    add("clips", nargs="+", metavar="CLIP", help="WAV of 16 bits; with soundfile also flac, ogg, mp3")
-    add("--language", nargs="+", required=True, metavar="CODE", help="as cs; one for all clips, or one each")
+    add("clips", nargs="+", metavar="CLIP",
+        help="WAV of 16 bits; with soundfile also flac, ogg, mp3")
+    add("--language", nargs="+", required=True, metavar="CODE",
+        help="as cs; one for all clips, or one each")
     add("--adapter", nargs="+", default=["none"], metavar="FILE",
         help="one for all clips, or one each; none is the base model")
     add("--batch-size", type=int, default=8)
 
 
 def add_train_flags(add):
-    add("--data", required=True, metavar="FOLDER", help="with train.tsv, dev.tsv, test.tsv and clips/")
+    add("--data", required=True, metavar="FOLDER", help="train.tsv, dev.tsv, test.tsv and clips/")
     add("--language", required=True, metavar="CODE", help="as cs")
-    add("--adapter", default="flora", metavar="KIND", help="flora, lora, ia3, or a kind of extras/")
+    add("--adapter", default="flora", metavar="KIND", help="flora, lora, ia3, or of extras/")
     add("--rank", type=int, default=1)
     add("--targets", nargs="+", help=f"of {' '.join(Whisper.TARGETS)} (default: all)")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
-    add("--lr", type=float, help=f"peak learning rate (default: of {LEARNING_RATES}, or the kind's)")
+    add("--lr", type=float, help=f"peak learning rate (default: {LEARNING_RATES})")
     add("--warmup", type=int, help="steps (default: a twentieth)")
-    add("--eval-every", type=int, help="steps between held-out losses and checkpoints (default: a third)")
+    add("--eval-every", type=int,
+        help="steps between held-out losses and checkpoints (default: a third)")
     add("--seed", type=int, default=0)
     add("--out", metavar="FOLDER", help="default: out/whisper/LANGUAGE-ADAPTER-rRANK")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
@@ -524,15 +559,17 @@ def add_train_flags(add):
 
 
 def add_score_flags(add):
-    add("--data", required=True, metavar="FOLDER", help="with test.tsv and clips/")
+    add("--data", required=True, metavar="FOLDER", help="test.tsv and clips/")
     add("--language", required=True, metavar="CODE", help="as cs")
     add("--adapter", nargs="+", default=["none"], metavar="FILE", help="none is the base model")
-    add("--longest", type=float, help="seconds; longer clips are left out (default: the window)")
+    add("--longest", type=float,
+        help="seconds; longer clips are left out (default: the window)")
 
 
 def add_table_flags(add):
-    add("--data", required=True, nargs="+", metavar="LANGUAGE=FOLDER", help="rates are chosen on the first")
-    add("--methods", nargs="+", choices=list(METHODS), default=[name for name in METHODS if name != "hira-r1"])
+    add("--data", required=True, nargs="+", metavar="LANGUAGE=FOLDER",
+        help="rates are chosen on the first")
+    add("--methods", nargs="+", choices=list(METHODS), default=PAPERS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--seed", type=int, default=100, help="of the choice of rates alone")
     add("--tune-steps", type=int, default=60, help="of the choice of rates alone")
@@ -544,16 +581,17 @@ def add_table_flags(add):
 
 def add_loop_flags(add):
     add("--steps", type=int, default=180)
-    add("--batch-size", type=int, default=6, help="clips per step (the paper's 6)")
+    add("--batch-size", type=int, default=6, help="clips per step (App. A: 6)")
     add("--clip", type=float, default=1.0, help="gradient norm")
 
 
 def check_args(args):
-    present = vars(args)
-    counts = [flag for flag in ("rank", "steps", "batch_size", "window", "max_new_tokens", "eval_every", "tune_steps")
-              if flag in present]
-    check_numbers(args, at_least_1=counts, at_least_0=[f for f in ("warmup", "seed", "seeds") if f in present],
-                  above_0=[flag for flag in ("lr", "clip", "alpha", "longest") if flag in present])
+    """BadInput for numbers that are out of range, of the flags that the command has."""
+    def given(*flags):
+        return [flag for flag in flags if flag in args]
+    check_numbers(args, given("rank", "steps", "batch_size", "window", "max_new_tokens",
+                              "eval_every", "tune_steps"),
+                  given("warmup", "seed", "seeds"), given("lr", "clip", "alpha", "longest"))
 
 
 def fill_in(args):

