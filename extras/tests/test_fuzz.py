@@ -212,6 +212,7 @@ def make_lines(folder):
 def use_lines(folder):
     """Requests that name what is impossible fail alone; a file that is none is a BadInput."""
     out = folder / "out.jsonl"
+    out.unlink(missing_ok=True)   # earlier results would be compared, and nothing run
     argv = ["--weights", str(TINY), "--requests", str(folder / "in.json"), "--results", str(out)]
     args = generate.parse_args(argv)
     flora.extra("requests", "--requests").serve(args)
