@@ -293,13 +293,14 @@ def test_rank_components_train_apart():
 
 
 def test_flora_path_is_chosen_from_rank_and_tokens_per_adapter():
-    def choice(b, T, rank, ids):
-        return flora.choose_path(torch.empty(b, T, 8), rank, torch.tensor(ids))
-    assert choice(8, 512, 1, [1] * 8) == "expand"                 # rank 1: Eq. 6 is one matmul
-    assert choice(64, 1, 16, [1] * 64) == "expand"                # decode
-    assert choice(4, 256, 16, [1, 2, 3, 4]) == "materialise"      # a prompt
-    assert choice(4, 4, 8, [1, 2, 3, 4]) == "expand"              # four short prompts ...
-    assert choice(4, 4, 16, [1, 1, 1, 1]) == "materialise"        # ... and with one adapter
+    def choice(b, T, rank, ids, dtype=torch.float32):
+        return flora.choose_path(torch.empty(b, T, 8, dtype=dtype), rank, torch.tensor(ids))
+    assert choice(8, 512, 1, [1] * 8) == "expand"                      # rank 1: Eq. 6 is one matmul
+    assert choice(64, 1, 16, [1] * 64) == "expand"                     # decode
+    assert choice(4, 256, 16, [1, 2, 3, 4]) == "materialise"           # a prompt
+    assert choice(4, 8, 16, [1, 2, 3, 4]) == "expand"                  # four short prompts ...
+    assert choice(4, 8, 16, [1, 1, 1, 1]) == "materialise"             # ... and with one adapter
+    assert choice(4, 8, 16, [1, 1, 1, 1], torch.bfloat16) == "expand"  # whose matmul is cheaper
     layer, _ = layer_with("flora", 4)
     with pytest.raises(BadInput, match='path is .fast.; use "auto", "expand" or "materialise"'):
         layer(torch.randn(1, 2, 24), torch.tensor([1]), path="fast")
