@@ -496,22 +496,33 @@ def test_cached_generation_equals_uncached_token_for_token_on_ragged_prompts(fla
     assert len({tuple(n) for n in new}) == 4
 
 
-def test_plain_math_attention_equals_scaled_dot_product_attention(family):
+def calls_of(module, name, monkeypatch):
+    """A list that grows with each call of module.name."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **b: calls.append(1) or function(*a, **b))
+    return calls
+
+
+def test_plain_math_attention_equals_scaled_dot_product_attention(family, monkeypatch):
     model, ids = tiny_model(family), torch.randint(0, 300, (2, 20))
+    calls = calls_of(F, "scaled_dot_product_attention", monkeypatch)
     fast = model(ids)
+    assert len(calls) == model.config.n_layer
     model.set_attention(False)
     assert (model(ids) - fast).abs().max() < 1e-4
+    assert len(calls) == model.config.n_layer
 
 
-def test_gradient_checkpointing_changes_no_gradient(family):
+def test_gradient_checkpointing_changes_no_gradient(family, monkeypatch):
     model, ids = tiny_model(family), torch.randint(0, 300, (2, 20))
     model.requires_grad_(False)
     random_adapter(model, "flora", 2)
-    grads = []
+    grads, calls = [], calls_of(sys.modules["model"], "checkpoint", monkeypatch)
     for model.gradient_checkpointing in (False, True):
         loss = model(ids, torch.tensor([1, 1])).sin().sum()
         grads.append(torch.autograd.grad(loss, list(flora.adapter_parameters(model, 1).values())))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads))
+    assert len(calls) == model.config.n_layer   # and not in the first of the two runs
 
 
 def test_presets_have_the_published_sizes():
@@ -749,7 +760,7 @@ def test_what_training_scripts_leave_in_a_tokenizer_json_changes_no_text(tmp_pat
         assert tokenizer.decode(Tokenizer(TINY).encode(text), continues=True) == text
 
 
-def test_text_that_the_model_has_no_ids_for_is_refused_in_every_script(tmp_path, monkeypatch):
+def test_text_that_the_model_has_no_ids_for_is_refused_by_tokenizer_and_training(tmp_path):
     folder = copy_of_tiny(tmp_path / "a")
     values = json.loads((folder / "tokenizer.json").read_text())
     values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "<extra>"})

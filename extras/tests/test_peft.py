@@ -123,7 +123,8 @@ def test_a_flora_written_for_peft_is_the_hira_that_peft_ran_and_comes_back_bit_f
 
 def assert_same_factors(model, one, other, rank):
     """Bit for bit: B and A / r, which FLoRA runs; A too where dividing by r loses no bit."""
-    for a, b in zip(*(flora.adapters_of(model, i).values() for i in (one, other))):
+    both = (flora.adapters_of(model, i).values() for i in (one, other))
+    for a, b in zip(*both, strict=True):
         assert a.kind == b.kind == "flora" and a.rank == b.rank == rank
         assert torch.equal(a.B, b.B) and torch.equal(a.A / rank, b.A / rank)
         assert torch.equal(a.A, b.A) or rank not in (1, 2, 4)
