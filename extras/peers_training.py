@@ -28,7 +28,7 @@ import train
 from bench import describe_machine, describe_run
 from extras import fast
 from flora import BadInput, write_json
-from model import GPT, JSON, check_numbers, check_writable, run_main
+from model import GPT, JSON, check_numbers, check_writable, read_config, run_main
 
 ROWS = ["PEFT's LoRA", "LoRA", "FLoRA", "IA3", "LoRA --fast", "FLoRA --fast", "IA3 --fast"]
 WARM_UP = 2   # steps
@@ -65,7 +65,7 @@ def run_row(args):
     loss, parameters = peft_step(args) if args.row == ROWS[0] else our_step(args, args.row)
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
     torch.manual_seed(args.seed)
-    tokens = torch.randint(0, 4096, (args.batch_size, args.block_size + 1))
+    tokens = torch.randint(0, args.vocab, (args.batch_size, args.block_size + 1))
     losses = []
     for step in range(WARM_UP + args.steps):
         if step == WARM_UP:
@@ -84,7 +84,7 @@ def run_row(args):
 def measure(args, name, dtype):
     """run_row in a process."""
     flags = ["--row", name, "--dtype", dtype, "--weights", str(Path(args.weights).resolve())]
-    for flag in ("steps", "batch_size", "block_size", "seed"):
+    for flag in ("steps", "batch_size", "block_size", "vocab", "seed"):
         flags += [f"--{flag.replace('_', '-')}", str(getattr(args, flag))]
     done = subprocess.run([sys.executable, "-m", "extras.peers_training", *flags],
                           capture_output=True, text=True, cwd=Path(train.__file__).parent)
@@ -142,6 +142,7 @@ def main():
     add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     add("--batch-size", type=int, default=8)
     add("--block-size", type=int, default=256)
+    add("--vocab", type=int, default=4096, help="the tokens are drawn from the first of this number")
     add("--steps", type=int, default=5, help="that are timed, of each run")
     add("--repeats", type=int, default=5)
     add("--seed", type=int, default=0)
@@ -149,7 +150,11 @@ def main():
     add("--row", choices=ROWS, help="run this row alone and print its figures as JSON")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --row")
     args = parser.parse_args()
-    check_numbers(args, ["batch_size", "block_size", "steps", "repeats"], at_least_0=["seed"])
+    check_numbers(args, ["batch_size", "block_size", "vocab", "steps", "repeats"],
+                  at_least_0=["seed"])
+    size = read_config(args.weights).vocab_size
+    if args.vocab > size:
+        raise BadInput(f"--vocab {args.vocab}: the model of {args.weights} has {size} tokens")
     run_row(args) if args.row else compare(args)
 
 
