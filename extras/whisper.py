@@ -203,21 +203,21 @@ def heldout_loss(model, clips, writing, adapter_id, args):
 
 
 def next_batch(clips, writing, args, limit, step, micro):
-    """This process's share of a micro-batch, drawn from the seed and the step alone."""
-    rng, n = np.random.default_rng([args.seed, step, micro]), args.batch_size // train.WORLD
-    again = len(clips.mels) < args.batch_size
-    rows = rng.choice(len(clips.mels), args.batch_size, replace=again)[train.RANK * n:][:n]
+    """A batch, drawn from the seed and the step alone."""
+    rng, again = np.random.default_rng([args.seed, step, micro]), len(clips.mels) < args.batch_size
+    rows = rng.choice(len(clips.mels), args.batch_size, replace=again)
     return make_batch(clips, rows, writing, args.language, limit)
 
 
 def fit_adapter(args):
     """Train one adapter as the flags say -> (model, its Writing, adapter id, the report)."""
-    device = train.start_processes(args)
-    model, writing = load(args, device)
+    if train.WORLD > 1:
+        raise BadInput("extras.whisper trains in one process; leave torchrun out")
+    model, writing = load(args, get_device(args.device))
     clips, heldout = split_of(args, "train"), split_of(args, "dev")
     args.made_with = made_with(args)
     checkpoint = train.open_checkpoint(args)
-    if checkpoint and train.RANK == 0:
+    if checkpoint:
         train.check_same(checkpoint, args)
     torch.manual_seed(args.seed)
     model.requires_grad_(False)
@@ -257,7 +257,7 @@ def load(args, device):
 def speed_up(model, args):
     """On a CPU, hold the frozen projections packed for both directions (extras/fast.py), and, in
     bfloat16, attend by plain matmuls."""
-    if torch.device(args.device).type != "cpu" or train.WORLD > 1:
+    if torch.device(args.device).type != "cpu":
         return
     keep_memory()
     form = BothWays(getattr(torch, args.dtype))
@@ -280,8 +280,6 @@ def train_adapter(args):
     load_jiwer()
     with train.outputs(args):
         model, writing, adapter_id, report = fit_adapter(args)
-        if train.RANK > 0:
-            return
         before = score(model, writing, split_of(args, "test"), BASE, args)
         report = finish(args, model, writing, adapter_id, report | dict(before=before))
         print(f"{before['clips']} test clips: {said(before)}\n  -> {said(report['after'])}")

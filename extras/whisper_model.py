@@ -82,6 +82,7 @@ def attend_plainly(q, k, v, is_causal=False):
 
 
 class Attention(nn.Module):
+    """Multi-head attention, to the same sequence (self_attn) or to another one (encoder_attn)."""
     attend = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, C, heads):
