@@ -123,6 +123,29 @@ def rates(data):
     return markdown(["", "best", "held-out bits per byte at each rate"], lines)
 
 
+# ------------------------------------------------------------------------------ results of whisper
+
+
+def speech(data):
+    """Error rates in percent, mean ± standard deviation over the seeds, a table for each language."""
+    tables = []
+    for language, methods in data["table"].items():
+        base = data["base"][language]
+        lines = [["base", "", "", f"{base['wer']:.1f}", f"{base['wer_normalised']:.1f}",
+                  f"{base['cer']:.1f}", ""]]
+        for method, row in methods.items():
+            cells = [f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}"
+                     for key in ("wer", "wer_normalised", "cer")]
+            lines.append([method, f"{data['rates'][method]:g}", f"{row['parameters']:,}", *cells,
+                          f"{row['seconds']['mean']:.0f}"])
+        seeds = len(next(iter(methods.values()))["wer"]["seeds"])
+        tables.append(f"{language}: {base['clips']} clips, {base['words']} words; {data['steps']} "
+                      f"steps of {data['batch_size']} clips, {data['dtype']}, {seeds} seeds\n\n" +
+                      markdown(["", "rate", "parameters", "raw WER", "normalised WER", "CER",
+                                "training, s"], lines))
+    return "\n\n".join(tables)
+
+
 # ------------------------------------------------------------------------------------- the places
 
 

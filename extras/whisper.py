@@ -47,7 +47,7 @@ METHODS = {  # name in the table: adapter, rank
     "lora-r1": ("lora", 1), "lora-r4": ("lora", 4), "hira-r1": ("hira", 1)}
 PAPERS = ["flora-r1", "flora-r4", "ia3", "lora-r1", "lora-r4"]   # those of Table 2
 # Where the search begins, and the default; the paper's for Whisper large: 6e-3, 2e-4, 4e-3
-LEARNING_RATES = {"flora": 2e-2, "lora": 3e-3, "ia3": 2e-2, "hira": 2e-2}
+LEARNING_RATES = {"flora": 1e-2, "lora": 3e-3, "ia3": 1e-2, "hira": 1e-2}
 RATES = {"wer": "raw WER", "wer_normalised": "normalised WER", "cer": "CER"}
 
 # ------------------------------------------------------------------------------------------- data
