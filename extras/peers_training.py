@@ -27,6 +27,7 @@ import flora
 import train
 from bench import describe_machine, describe_run
 from extras import fast
+from extras.results import training as table_of
 from flora import BadInput, write_json
 from model import GPT, JSON, check_numbers, check_writable, read_config, run_main
 
@@ -101,16 +102,13 @@ def compare(args):
         found[case].append(measure(args, *case))
     rows = [summary(found, *case) for case in cases]
     check_losses(rows)
-    print("| | tokens/s | of PEFT's | peak memory, MiB |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row['name']}, {row['dtype']} | {row['tokens_per_second']:.0f} "
-              f"[{row['tokens_per_second_min']:.0f}–{row['tokens_per_second_max']:.0f}] | "
-              f"{row['ratio']:.2f} | {row['peak_memory_bytes'] / 2**20:.0f} |")
+    settings = {name: getattr(args, name) for name in
+                ("weights", "batch_size", "block_size", "steps", "repeats")}
+    data = dict(run=describe_run(), rows=rows, **settings,
+                machine=describe_machine(torch.device("cpu")))
+    print(table_of(data))
     if args.json:
-        settings = {name: getattr(args, name) for name in
-                    ("weights", "batch_size", "block_size", "steps", "repeats")}
-        write_json(args.json, dict(run=describe_run(), rows=rows, **settings,
-                                   machine=describe_machine(torch.device("cpu"))))
+        write_json(args.json, data)
 
 
 def summary(found, name, dtype):

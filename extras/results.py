@@ -146,6 +146,16 @@ def speech(data):
     return "\n\n".join(tables)
 
 
+# ----------------------------------------------------------------- results of the peers' programs
+
+
+def training(data):
+    """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory."""
+    lines = [[f"{row['name']}, {row['dtype']}", speed(row), f"{row['ratio']:.2f}",
+              f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"] for row in data["rows"]]
+    return markdown(["", "tokens/s", "of PEFT's LoRA", "peak memory"], lines)
+
+
 # ------------------------------------------------------------------------------------- the places
 
 

@@ -36,7 +36,7 @@ def test_the_table_compares_with_peft_in_the_same_round(tmp_path, monkeypatch, c
     assert rows[0]["tokens_per_second"] == 800 and rows[0]["ratio"] == 1
     assert rows[1]["tokens_per_second_max"] == 1600
     assert rows[1]["ratio"] == 900 / 800                 # of 2, 9 / 8 and 16 / 15 the median
-    assert "| LoRA, float32 | 900 [200–1600] | 1.12 | 1024 |" in capsys.readouterr().out
+    assert "| LoRA, float32 | 900 [200–1600] | 1.12 | 1024 MiB |" in capsys.readouterr().out
 
 
 def test_without_peft_a_sentence_says_where_it_is_told_how_to_have_it(monkeypatch):
