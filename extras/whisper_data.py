@@ -368,7 +368,7 @@ def parse_args(argv=None):
     for name, run in dict(weights=weights, czech=czech, synthetic=synthetic).items():
         command = commands.add_parser(name, help=run.__doc__)
         command.set_defaults(run=run)
-        command.add_argument("files", nargs="+", metavar="FILE")
+        command.add_argument("files", nargs="+", metavar="FILE", help="packages, as named above")
         command.add_argument("--out", required=True, metavar="FOLDER")
     command.add_argument("--language", required=True, metavar="CODE", help="as lt")
     command.add_argument("--voices", type=int, default=2, help="that read each sentence, up to 6")
