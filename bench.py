@@ -635,7 +635,8 @@ def load_model(args):
     model.requires_grad_(False)
     model.set_attention(args.attention == "flash")
     if args.quantize:
-        extra("int8", "--quantize").quantize_int8(model)
+        int8 = extra("int8", f"--quantize {args.quantize}")
+        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
     return model
 
 

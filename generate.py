@@ -484,7 +484,8 @@ def load_model(args):
     model = GPT.from_pretrained(args.weights, device, dtype)
     model.set_attention(args.attention == "flash")
     if args.quantize:
-        flora.extra("int8", "--quantize int8").quantize_int8(model)
+        int8 = flora.extra("int8", f"--quantize {args.quantize}")
+        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
     return model, tokenizer
 
 

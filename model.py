@@ -771,8 +771,9 @@ def add_common_flags(parser, dtypes):
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
                         help="auto: the fastest here, if the script has it; "
                              "default: bfloat16 on cuda, otherwise float32")
-    parser.add_argument("--quantize", choices=["int8"],
-                        help="hold the base's projections as int8, a scale per output")
+    parser.add_argument("--quantize", choices=["int8", "int8-dynamic"],
+                        help="hold the base's projections as int8, a scale per output; dynamic: on "
+                             "an x86 CPU round what goes in as well, which is faster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 

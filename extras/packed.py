@@ -24,7 +24,7 @@ class Copies(dict):
 
 class PackedLinear:
     """F.linear(x, weight[lo:hi], bias) by packed copies of one weight, made at first use and again
-    when it has changed."""
+    when it has changed. A subclass may pack and multiply otherwise (extras/int8.py)."""
 
     def __init__(self):
         self.copies = Copies()
@@ -35,8 +35,14 @@ class PackedLinear:
         now = weight.data_ptr(), weight._version
         held, then, packed = self.copies.get((lo, hi), (None, None, None))
         if held is not weight or then != now:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach()[lo:hi], None)
+            packed = self.pack(weight.detach(), lo, hi)
             self.copies[lo, hi] = weight, now, packed
+        return self.times(x, packed, bias)
+
+    def pack(self, weight, lo, hi):
+        return torch.ops.mkldnn._reorder_linear_weight(weight[lo:hi], None)
+
+    def times(self, x, packed, bias):
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
