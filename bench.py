@@ -25,8 +25,11 @@ import argparse
 import json
 import os
 import platform
+import shlex
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -457,6 +460,18 @@ def describe_machine(device):
                 cuda=torch.version.cuda if on_gpu else None)
 
 
+def describe_run():
+    """What made the figures: the command, the commit of the code, and the day."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:   # no git
+        commit = ""
+    return dict(command=shlex.join(["python", *sys.orig_argv[1:]]), commit=commit or None,
+                date=time.strftime("%Y-%m-%d"))
+
+
 COLUMNS = [   # of the table, beside those that every mode has: (title, width, format, key of a row)
     ("s/token mean", 14, ".4f", "seconds_per_output_token_mean"),
     ("p50", 9, ".4f", "seconds_per_output_token_p50"),
@@ -642,6 +657,8 @@ def load_model(args):
 
 def random_model(args, device, dtype):
     config, default_dtype = preset(args.model), torch.get_default_dtype()
+    if args.mode == ["layer"]:   # one projection needs no more
+        config = replace(config, n_layer=1)
     torch.manual_seed(args.seed)
     torch.set_default_dtype(dtype)   # so that 15 B parameters are never held in float32
     try:
@@ -664,7 +681,7 @@ def describe(args, model, workload):
     prompts, outputs = np.array([(len(prompt), output) for prompt, output in workload]).T
     totals, folder = prompts + outputs, os.path.basename(os.path.abspath(args.weights))
     return dict(
-        machine=describe_machine(model.wte.weight.device), dtype=args.dtype,
+        run=describe_run(), machine=describe_machine(model.wte.weight.device), dtype=args.dtype,
         model=dict(name=f"{args.model}, random weights" if args.model else folder,
                    parameters=sum(p.numel() for p in model.base_parameters().values()),
                    quantize=args.quantize, attention=args.attention, compile=args.compile),

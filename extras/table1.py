@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import train
+from bench import describe_machine, describe_run
 from flora import BadInput, read_json, write_json
 from model import (PNG, add_common_flags, check_writable, difference, run_main, save_figure,
                    write_each)
@@ -172,7 +173,8 @@ def train_flags(args, method, data, lr, seed):
 def size_flags(args):
     """train.py's flags that all of its runs share."""
     return ["--batch-size", str(args.batch_size), "--block-size", str(args.block_size),
-            "--dtype", args.dtype, "--device", args.device]
+            "--dtype", args.dtype, "--device", args.device,
+            *(["--fast"] if args.device == "cpu" else [])]
 
 
 def train_all(runs, jobs):
@@ -311,7 +313,8 @@ def finish(args, table, sweep, title, height, **more):
     """Write a table and its sweep as JSON, and its figure as `draw` explains."""
     names = ("seeds", "steps", "batch_size", "block_size", "dtype", "weights")
     settings = {name: getattr(args, name) for name in names}
-    result = dict(table=table, sweep=sweep, torch=torch.__version__, **settings, **more)
+    result = dict(run=describe_run(), machine=describe_machine(torch.device(args.device)),
+                  table=table, sweep=sweep, **settings, **more)
     write_each(partial(write_json, args.json, result),
                partial(draw, args.png, table, title, height))
     print(f"\nwrote {args.json} and {args.png}")

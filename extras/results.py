@@ -1,0 +1,173 @@
+"""The tables of README.md and extras/RESULTS.md, from the data in extras/results/.
+
+  python -m extras.results           write the tables anew, each in its place
+  python -m extras.results --check   say which differ from their data, exit with 2
+
+A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them is
+made by the function of TABLES from one file, which the command named in it wrote with --json. So no
+number in a table is typed, and extras/tests/test_results.py fails where one was.
+"""
+import re
+import sys
+from pathlib import Path
+
+from flora import BadInput, open_output, read_json
+from model import run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "extras" / "results"
+TEXTS = [ROOT / "README.md", ROOT / "extras" / "RESULTS.md"]
+PLACE = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def markdown(head, rows):
+    """Cells -> the lines of a table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def caption(data):
+    """By which command, on what and when."""
+    run, machine = data["run"], data["machine"]
+    return (f"`{run['command']}`: {machine['threads']} threads of {machine['gpu'] or machine['cpu']}, "
+            f"torch {machine['torch']}, {run['date']}, commit {run['commit']}.")
+
+
+# --------------------------------------------------------------------------- results of bench.py
+
+
+NAMES = {   # of bench.py's rows
+    "base": "base", "ia3": "IA3", "flora": "FLoRA", "flora-eq6": "FLoRA, Eq. 6 alone",
+    "lora-token": "LoRA, bmm, adapters gathered per token (the paper's)",
+    "lora-example": "LoRA, bmm per example", "lora-masked": "LoRA, one dense matmul and a mask"}
+
+
+def by_rank(rows, cell):
+    """Rows of one mode -> a table with a column for each rank and cell(row) in it; the base and IA3,
+    which have no rank, stand in the first column."""
+    ranks = sorted({row["rank"] for row in rows if row["method"] not in ("base", "ia3")})
+    lines = []
+    for name in dict.fromkeys(row["baseline"] for row in rows):
+        mine = [row for row in rows if row["baseline"] == name]
+        cells = [cell(row) for row in sorted(mine, key=lambda row: row["rank"] or 0)]
+        lines.append([NAMES.get(name, name), *cells, *[""] * (len(ranks) - len(cells))])
+    return markdown(["", *(f"rank {rank}" for rank in ranks)], lines)
+
+
+def speed(row):
+    low, high = row["tokens_per_second_min"], row["tokens_per_second_max"]
+    digits = 0 if row["tokens_per_second"] >= 500 else 1
+    return f"{row['tokens_per_second']:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]"
+
+
+def share(row):
+    return f"{row['ratio_to_base']:.2f}"
+
+
+def throughput(data):
+    """Generated tokens/s, median [lowest–highest] of the rounds."""
+    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], speed)
+
+
+def throughput_shares(data):
+    """The same as shares of the base, the median over the rounds."""
+    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], share)
+
+
+def latency(data):
+    """Milliseconds per output token, mean / 99th percentile over the requests, for each rate."""
+    rows = [row for row in data["rows"] if row["mode"] == "latency"]
+    rates = sorted({row["request_rate"] for row in rows})
+    cells = {}
+    for row in rows:
+        mean, p99 = (1e3 * row[f"seconds_per_output_token_{what}"] for what in ("mean", "p99"))
+        cells[row["baseline"], row["rank"], row["request_rate"]] = f"{mean:.1f} / {p99:.1f}"
+    lines = [[f"{NAMES.get(name, name)}{f' r{rank}' if isinstance(rank, int) else ''}",
+              *(cells[name, rank, rate] for rate in rates)]
+             for name, rank in dict.fromkeys(key[:2] for key in cells)]
+    return markdown(["", *(f"{rate:.3g} requests/s" for rate in rates)], lines)
+
+
+def layer(data):
+    """Shares of the base's rows/s of one projection: a table for each number of tokens."""
+    rows = [row for row in data["rows"] if row["mode"] == "layer"]
+    tables = []
+    for tokens in sorted({row["tokens"] for row in rows}):
+        mine = [row for row in rows if row["tokens"] == tokens]
+        base = next(row for row in mine if row["baseline"] == "base")
+        tables.append(f"{base['batch']} examples of {tokens} tokens, the base {speed(base)} rows/s:\n\n"
+                      + by_rank([row for row in mine if row is not base], share))
+    return "\n\n".join(tables)
+
+
+# ------------------------------------------------------------------- results of table1 and of toys
+
+
+def accuracy(data):
+    """Mean ± standard deviation over the seeds, a row for each language."""
+    rows = data["table"]
+    columns = list(next(iter(rows.values())))
+    lines = [[name, *(f"{row[c]['mean']:.4f}" + (f" ± {row[c]['spread']:.4f}" if c != "base" else "")
+                      for c in columns)] for name, row in rows.items()]
+    return markdown(["", *columns], lines)
+
+
+def rates(data):
+    """The search for the learning rates: what was held out, at each rate."""
+    lines = []
+    for method, tried in data["sweep"].items():
+        tried = {float(rate): value for rate, value in tried.items()}
+        best = min(tried, key=tried.get)
+        cells = [f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried)]
+        lines.append([method, f"{best:g}", ", ".join(cells)])
+    return markdown(["", "best", "held-out bits per byte at each rate"], lines)
+
+
+# ----------------------------------------------------------------- results of the peers' programs
+
+
+def training(data):
+    """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory."""
+    lines = [[f"{row['name']}, {row['dtype']}", speed(row), f"{row['ratio']:.2f}",
+              f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"] for row in data["rows"]]
+    return markdown(["", "tokens/s", "of PEFT's LoRA", "peak memory"], lines)
+
+
+# ------------------------------------------------------------------------------------- the places
+
+
+TABLES = {   # name in the text: (file in extras/results/, what makes the table of it)
+}
+
+
+def render(name):
+    """A place with its table, as it must stand in the text."""
+    if name not in TABLES:
+        raise BadInput(f"<!-- table {name} -->: there is no such table; use one of "
+                       f"{', '.join(TABLES)}")
+    file, table = TABLES[name]
+    data = read_json(DATA / file)
+    return f"<!-- table {name} -->\n{table(data)}\n\n{caption(data)}\n<!-- end -->"
+
+
+def rendered(text):
+    return PLACE.sub(lambda place: render(place["name"]), text)
+
+
+def main():
+    check = "--check" in sys.argv[1:]
+    if sys.argv[1:] not in ([], ["--check"]):
+        raise BadInput(f"{' '.join(sys.argv[1:])}: the only flag is --check")
+    for file in TEXTS:
+        text = file.read_text()
+        new = rendered(text)
+        if new != text and check:
+            raise BadInput(f"{file}: a table differs from its data; run python -m extras.results")
+        if new != text:
+            with open_output(file) as f:
+                f.write(new.encode())
+            print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    run_main(main)

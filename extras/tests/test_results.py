@@ -1,0 +1,87 @@
+"""Tables in the texts are made from data, and a text that says otherwise is found."""
+import pytest
+
+from extras import results
+from flora import BadInput, write_json
+from test_flora import run_script
+
+ABOUT = dict(run=dict(command="python bench.py", commit="abc", date="2026-11-25"),
+             machine=dict(cpu="a CPU", gpu=None, threads=2, torch="2.13.0"))
+
+
+def bench_row(name, rank, mode, speed, **more):
+    method = name if name in ("base", "ia3") else name.split("-")[0]
+    return dict(method=method, baseline=name, rank=rank, mode=mode, tokens_per_second=speed,
+                tokens_per_second_min=speed - 1, tokens_per_second_max=speed + 1,
+                ratio_to_base=speed / 1000, seconds_per_output_token_mean=1 / speed,
+                seconds_per_output_token_p99=2 / speed, **more)
+
+
+BENCH = ABOUT | dict(rows=[
+    bench_row(name, rank, mode, speed, **more)
+    for mode, more in [("throughput", {}), ("latency", {"request_rate": 8.0}),
+                       ("layer", {"tokens": 1, "batch": 8})]
+    for name, rank, speed in [("base", None, 1000.0), ("ia3", 0.5, 900.0), ("flora", 1, 980.0),
+                              ("flora", 8, 400.0), ("lora-token", 1, 800.0), ("lora-token", 8, 700.0)]])
+ACCURACY = ABOUT | dict(
+    table={"cpp": {"base": dict(mean=3.0, spread=0.0), "flora-r1": dict(mean=2.5, spread=0.1)}},
+    sweep={"flora-r1": {"0.02": 2.6, "0.04": 2.5}})
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A text with one place for each kind of table, filled by main()."""
+    kinds = [(results.throughput, BENCH), (results.throughput_shares, BENCH), (results.latency, BENCH),
+             (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY)]
+    tables = {f"t{i}": (f"{i}.json", make) for i, (make, _) in enumerate(kinds)}
+    for (file, _), (_, data) in zip(tables.values(), kinds):
+        write_json(tmp_path / file, data)
+    text = tmp_path / "TEXT.md"
+    text.write_text("Before.\n" + "\n".join(f"<!-- table {name} -->\n<!-- end -->" for name in tables))
+    for name, value in dict(DATA=tmp_path, TEXTS=[text], TABLES=tables).items():
+        monkeypatch.setattr(results, name, value)
+    run_script(results.main, ["results"], monkeypatch)
+    return text
+
+
+def test_every_table_in_the_texts_is_that_of_its_data():
+    for file in results.TEXTS:
+        text = file.read_text()
+        assert results.rendered(text) == text, f"{file.name}: run python -m extras.results"
+
+
+def test_every_file_of_data_has_a_table_and_every_table_a_place():
+    files = {file for file, _ in results.TABLES.values()}
+    assert files == {file.name for file in results.DATA.glob("*.json")}
+    places = [place["name"] for file in results.TEXTS
+              for place in results.PLACE.finditer(file.read_text())]
+    assert set(places) == set(results.TABLES)
+
+
+def test_tables_hold_the_data_and_name_command_and_machine(project):
+    text = project.read_text()
+    for part in ["Before.", "980 [979–981]", "| FLoRA | 0.98 | 0.40 |", "1.0 / 2.0",
+                 "8 examples of 1 tokens, the base 1000 [999–1001] rows/s", "2.5000 ± 0.1000",
+                 "0.02: 2.6000, 0.04: 2.5000", "`python bench.py`: 2 threads of a CPU", "commit abc"]:
+        assert part in text, part
+
+
+@pytest.mark.parametrize("damage", ["text", "data"])
+def test_a_number_changed_in_a_text_or_in_its_data_is_found(damage, project, monkeypatch, capsys):
+    run_script(results.main, ["results", "--check"], monkeypatch)
+    if damage == "text":
+        project.write_text(project.read_text().replace("980 [979–981]", "990 [979–981]"))
+    else:
+        write_json(results.DATA / "0.json", BENCH | dict(rows=BENCH["rows"][:5]))
+    with pytest.raises(SystemExit) as stop:
+        run_script(results.main, ["results", "--check"], monkeypatch)
+    assert stop.value.code == 2
+    assert "TEXT.md: a table differs from its data; run" in capsys.readouterr().err
+
+
+def test_wrong_flags_and_unknown_tables_are_refused(project, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_script(results.main, ["results", "--chek"], monkeypatch)
+    assert "--chek: the only flag is --check" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="<!-- table t9 -->: there is no such table; use one of t0, t1"):
+        results.rendered("<!-- table t9 -->\n<!-- end -->")
