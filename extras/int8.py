@@ -11,6 +11,7 @@ row's own largest value, so that no row depends on what is beside it, and holds 
 likewise. The products are whole numbers' (FBGEMM's, by operators that are not a public interface of
 PyTorch). It holds each weight twice, in two bytes. With gradients it is weight-only.
 """
+import threading
 import warnings
 
 import torch
@@ -52,12 +53,25 @@ def serve_int8(x, values, scale):
     if x.dtype == scale.dtype == torch.bfloat16 and x.numel() <= FEW_ROWS * x.shape[-1]:
         y = torch._weight_int8pack_mm(x.flatten(0, -2), values, scale)
         return y.view(*x.shape[:-1], -1)
+    W0 = made(values, x.dtype)
     if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # oneDNN reads W0, which has just been made and lies in the cache, as it stands
-        y = torch.ops.mkldnn._linear_pointwise(x, values.float(), None, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x, W0, None, "none", [], "")   # as it stands
     else:
-        y = F.linear(x, values.to(x.dtype))
+        y = F.linear(x, W0)
     return y * scale
+
+
+room = threading.local()   # one tensor for each dtype, in which W0 is made for one product
+
+
+def made(values, dtype):
+    """values in `dtype`, until the next call in this thread. In memory that is new each time the
+    system's pages cost more than the product."""
+    kept = vars(room).setdefault("kept", {})
+    if dtype not in kept or kept[dtype].numel() < values.numel():
+        with torch.inference_mode(False):
+            kept[dtype] = torch.empty(values.numel(), dtype=dtype)
+    return kept[dtype][:values.numel()].view(values.shape).copy_(values)
 
 
 class Int8(Plain):
