@@ -156,6 +156,15 @@ def training(data):
     return markdown(["", "tokens/s", "of PEFT's LoRA", "peak memory"], lines)
 
 
+def engine(data):
+    """extras/bench_engine.py: tokens/s, a step in milliseconds, and the shares of its operators."""
+    parts = list(data["rows"][0]["parts"])
+    lines = [[row["name"], speed(row), f"{row['ratio']:.2f}", f"{row['prefill_ms']:.0f}",
+              f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in parts)]
+             for row in data["rows"]]
+    return markdown(["", "tokens/s", "of the first", "prefill ms", "step ms", *parts], lines)
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
