@@ -98,7 +98,7 @@ def places(args, kind, rank):
             for i in range(args.requests)]
 
 
-# -------------- the rows: {(engine, what, dtype): run}, with run() -> the new tokens of each request
+# ------------- the rows: {(engine, what, dtype): run}, with run() -> the new tokens of each request
 
 
 def our_rows(args, prompts):
