@@ -342,7 +342,11 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE")
     args = parser.parse_args(argv)
-    check_numbers(args, ["requests", "prompt", "new", "repeats"], at_least_0=["seed"])
+    check_numbers(args, ["ranks", "requests", "prompt", "new", "repeats"], at_least_0=["seed"])
+    context = preset(args.model).n_positions
+    if args.prompt + args.new > context:
+        raise BadInput(f"--prompt {args.prompt} and --new {args.new} are more tokens than the context "
+                       f"of {args.model} ({context})")
     return args
 
 

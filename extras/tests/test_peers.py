@@ -88,9 +88,14 @@ def test_the_table_compares_rows_in_the_same_round(args, monkeypatch, capsys):
     assert data["versions"] == {"peft": "0.21"} and data["rows"][1]["tokens_per_second"] == 6
 
 
-def test_wrong_numbers_are_refused():
-    with pytest.raises(BadInput, match="--requests is 0; use a whole number of at least 1"):
-        peers.parse_args(["--requests", "0"])
+@pytest.mark.parametrize("flags, message", [
+    (["--requests", "0"], "--requests is 0; use a whole number of at least 1"),
+    (["--ranks", "1", "0"], "--ranks is 0; use a whole number"),
+    (["--prompt", "8000", "--new", "193"], "are more tokens than the context of tiny_starcoder_py .8192."),
+    (["--model", "gpt"], "--model gpt: unknown; use one of tiny_starcoder_py")])
+def test_wrong_flags_are_refused(flags, message):
+    with pytest.raises(BadInput, match=message):
+        peers.parse_args(flags)
 
 
 def test_every_tensor_has_a_name_in_llama_cpp():
