@@ -123,7 +123,14 @@ def rates(data):
     return markdown(["", "best", "held-out bits per byte at each rate"], lines)
 
 
-# ---------------------------------------------------------------------------- results of extras.peers
+# ----------------------------------------------------------------- results of the peers' programs
+
+
+def training(data):
+    """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory."""
+    lines = [[f"{row['name']}, {row['dtype']}", speed(row), f"{row['ratio']:.2f}",
+              f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"] for row in data["rows"]]
+    return markdown(["", "tokens/s", "of PEFT's LoRA", "peak memory"], lines)
 
 
 def peers(data):
