@@ -165,6 +165,18 @@ def engine(data):
     return markdown(["", "tokens/s", "of the first", "prefill ms", "step ms", *parts], lines)
 
 
+def peers(data):
+    """Tokens/s of each engine's rows, beside our base in float32 of the same round."""
+    lines = [[row["engine"], row["what"], row["dtype"], speed(row), f"{row['ratio_to_base']:.2f}",
+              f"{row['same_tokens']:.4g} of {data['new']}"] for row in data["rows"]]
+    head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
+            "first tokens as in transformers, float32"]
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    return (f"{data['model']}'s shape, random weights, {data['requests']} requests of {data['prompt']} + "
+            f"{data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:\n\n"
+            + markdown(head, lines))
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
