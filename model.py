@@ -92,16 +92,20 @@ def attend(q, k, v, mask=None, flash=True):
     head (K = 1 is multi-query attention) -> [B, H, T, D].
 
     mask [B, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, S = T.
-    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All
-    query heads of a key head are rows of one matmul: for one token on a CPU that is faster.
+    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). For one
+    token on a CPU all query heads of a key head are taken as rows, so that keys are not copied.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
     mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
-    if flash and not (T == 1 and q.device.type == "cpu"):
+    decoding = T == 1 and q.device.type == "cpu"
+    if flash and not decoding:
         k, v = (x[:, :, None].expand(B, K, H // K, -1, D) for x in (k, v))
         k, v = k.flatten(1, 2), v.flatten(1, 2)                               # [B, H, S, D]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if flash and q.dtype != torch.float16:   # where it would take an overflow for a masked key
+        q = q.reshape(B, K, H // K, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, D)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), device=q.device).triu(1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # [B K, S, D]
@@ -766,7 +770,8 @@ def add_common_flags(parser, dtypes):
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
-                        help="default: bfloat16 on cuda, otherwise float32")
+                        help="auto: the fastest here, if the script has it; "
+                             "default: bfloat16 on cuda, otherwise float32")
     parser.add_argument("--quantize", choices=["int8"],
                         help="hold the base's projections as int8, a scale per output")
     parser.add_argument("--seed", type=int, default=0)
@@ -785,6 +790,15 @@ def check_numbers(args, at_least_1=(), at_least_0=(), above_0=()):
             range = "above 0" if flag in above_0 else f"of at least {least}"
             range = f"of at most {LARGEST}" if v > LARGEST else range
             raise BadInput(f"--{flag.replace('_', '-')} is {v}; use a {number} {range}")
+
+
+def get_dtype(args):
+    """--dtype as torch's. In the place of "auto" args keeps what extras/packed.py chose."""
+    if args.dtype == "auto":
+        packed = extra("packed", "--dtype auto")
+        args.dtype, why = packed.choose_dtype(get_device(args.device))
+        print(f"--dtype auto: {args.dtype}, {why}", file=sys.stderr)
+    return getattr(torch, args.dtype)
 
 
 def get_device(name):

@@ -1,9 +1,12 @@
-"""W0 packed for oneDNN: faster decoding on a CPU in float32, at the cost of a second copy of W0.
+"""W0 packed for oneDNN: faster decoding on a CPU, at the cost of a second copy of W0.
 
-PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
-once spares the few rows of a decoding step that work where d and k are large. generate.py and
-bench.py serve with it by default (GPT.pack). Training, gradients and torch.compile use the plain
-product. The operators, torch.ops.mkldnn, are not a public interface of PyTorch.
+  python generate.py --dtype auto --prompt 'def f('       bfloat16 where this processor gains by it
+
+PyTorch's CPU matmul repacks W0 in each call, and in float32 (MKL) keeps to AVX2 on an AMD CPU; a W0
+packed once spares the few rows of a decoding step that work where d and k are large. generate.py
+and bench.py serve with it by default (GPT.pack), in float32, and in bfloat16 where the processor
+computes in it. Training, gradients and torch.compile use the plain product. The operators,
+torch.ops.mkldnn, are not a public interface of PyTorch.
 """
 import torch
 import torch.nn.functional as F
@@ -48,10 +51,27 @@ class Packed(Plain):
         return self.linear(x, layer.weight, bias, lo, hi)
 
 
+def computes_bfloat16():
+    """Whether this processor multiplies in bfloat16 (AVX512_BF16; those with AMX have it too).
+    Elsewhere a bfloat16 weight is widened in each product, and float32 is the faster one."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_dtype(device):
+    """--dtype auto: the fastest dtype to serve in on a torch.device, and why."""
+    if device.type != "cpu":
+        return "bfloat16", f"as this is {device.type}"
+    if computes_bfloat16():
+        return "bfloat16", "as this processor multiplies in it (AVX512_BF16)"
+    return "float32", "as this processor does not multiply in bfloat16 (AVX512_BF16)"
+
+
 def pack(model):
-    """Serve with packed weights where that is faster: on a CPU, in float32, W0 held plainly."""
+    """Serve with packed weights where that is faster: on a CPU, in a dtype that it computes in, W0
+    and the output embedding held plainly."""
     weight = model.wte.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    dtypes = [torch.float32, torch.bfloat16] if computes_bfloat16() else [torch.float32]
+    if weight.device.type != "cpu" or weight.dtype not in dtypes:
         return
     if not torch.backends.mkldnn.is_available() or isinstance(model.times_output, PackedLinear):
         return
