@@ -22,7 +22,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-import flora
 from bench import describe_machine, describe_run, install, make_adapter_sets
 from extras.int8 import quantize_int8
 from extras.results import engine as table_of

@@ -181,6 +181,9 @@ def peers(data):
 
 
 TABLES = {   # name in the text: (file in extras/results/, what makes the table of it)
+    "fig2-throughput": ("fig2_1b.json", throughput),
+    "fig2-shares": ("fig2_1b.json", throughput_shares),
+    "fig2-latency": ("fig2_1b.json", latency),
 }
 
 
