@@ -92,20 +92,16 @@ def attend(q, k, v, mask=None, flash=True):
     head (K = 1 is multi-query attention) -> [B, H, T, D].
 
     mask [B, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, S = T.
-    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). For one
-    token on a CPU all query heads of a key head are taken as rows, so that keys are not copied.
+    flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All
+    query heads of a key head are rows of one matmul: for one token on a CPU that is faster.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
     mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
-    decoding = T == 1 and q.device.type == "cpu"
-    if flash and not decoding:
+    if flash and not (T == 1 and q.device.type == "cpu"):
         k, v = (x[:, :, None].expand(B, K, H // K, -1, D) for x in (k, v))
         k, v = k.flatten(1, 2), v.flatten(1, 2)                               # [B, H, S, D]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    if flash and q.dtype != torch.float16:   # where it would take an overflow for a masked key
-        q = q.reshape(B, K, H // K, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, D)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), device=q.device).triu(1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)                                   # [B K, S, D]
@@ -307,10 +303,13 @@ class GPT(nn.Module):
 
     def set_attention(self, flash):
         """Choose F.scaled_dot_product_attention (True) or plain math (False): see `attend`."""
-        for block in self.blocks:
-            for part in block.children():
-                if isinstance(part, Attention):
-                    part.attend = partial(attend, flash=flash)
+        for attention in self.attentions():
+            attention.attend = attend if flash else partial(attend, flash=False)
+
+    def attentions(self):
+        """The Attention of each block."""
+        return [part for block in self.blocks for part in block.children()
+                if isinstance(part, Attention)]
 
     def pack(self):
         """Serve with packed weights where that is faster (extras/packed.py); not for training."""

@@ -12,6 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from flora import Plain, adapter_layers
+from model import attend
+
+
+def pack_weight(weight):
+    """weight [k, d] -> the same as oneDNN wants it, for times_packed."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def times_packed(x, weight, bias=None):
+    """x [..., d], a packed or plain weight [k, d] of its dtype -> x weightᵀ + bias [..., k]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Copies(dict):
@@ -40,10 +51,10 @@ class PackedLinear:
         return self.times(x, packed, bias)
 
     def pack(self, weight, lo, hi):
-        return torch.ops.mkldnn._reorder_linear_weight(weight[lo:hi], None)
+        return pack_weight(weight[lo:hi])
 
     def times(self, x, packed, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return times_packed(x, packed, bias)
 
 
 class Packed(Plain):
@@ -55,6 +66,17 @@ class Packed(Plain):
 
     def product(self, layer, x, lo, hi, bias):
         return self.linear(x, layer.weight, bias, lo, hi)
+
+
+def attend_to_cache(q, k, v, mask=None):
+    """model.attend, with one token, q [B, H, 1, D], by torch's fused attention: the query heads of a
+    key head are its rows, so that keys and values are not copied. Not for float16, where the fused
+    one takes an overflow for a masked key."""
+    B, H, T, D = q.shape
+    if T > 1 or mask is None:
+        return attend(q, k, v, mask)
+    q = q.reshape(B, k.shape[1], -1, D)                                       # [B, K, H / K, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).view(B, H, 1, D)
 
 
 def computes_bfloat16():
@@ -73,12 +95,15 @@ def choose_dtype(device):
 
 
 def pack(model):
-    """Serve with packed weights where that is faster: on a CPU, in a dtype that it computes in, W0
-    and the output embedding held plainly."""
+    """Serve with packed weights and attend_to_cache where that is faster: on a CPU, in a dtype that
+    it computes in, W0 and the output embedding held plainly, attention not by plain math."""
     weight = model.wte.weight
     dtypes = [torch.float32, torch.bfloat16] if computes_bfloat16() else [torch.float32]
     if weight.device.type != "cpu" or weight.dtype not in dtypes:
         return
+    for attention in model.attentions():
+        if attention.attend is attend:
+            attention.attend = attend_to_cache
     if not torch.backends.mkldnn.is_available() or isinstance(model.times_output, PackedLinear):
         return
     model.times_output = PackedLinear()

@@ -153,7 +153,10 @@ def main():
     size = read_config(args.weights).vocab_size
     if args.vocab > size:
         raise BadInput(f"--vocab {args.vocab}: the model of {args.weights} has {size} tokens")
-    run_row(args) if args.row else compare(args)
+    if args.row:
+        run_row(args)
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":

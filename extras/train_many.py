@@ -256,6 +256,8 @@ def runs_of(args, shared):
         if runs[name].adapter == "none" or runs[name].from_lora or runs[name].compile:
             raise BadInput("extras.train_many trains adapters; --adapter none, --from-lora and "
                            "--compile are train.py's alone")
+        if runs[name].fast:
+            raise BadInput("extras.train_many has its own loss; --fast is train.py's alone")
     if train.WORLD > 1:
         raise BadInput("extras.train_many runs in one process; use train.py under torchrun")
     return runs

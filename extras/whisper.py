@@ -31,7 +31,8 @@ from tqdm import tqdm
 import flora
 import train
 from bench import describe_machine, describe_run
-from extras.fast import BothWays, keep_memory
+from extras.fast import keep_memory, pack_both_ways
+from extras.results import speech
 from extras.table1 import next_rates, over_seeds
 from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly,
                                   load_whisper, log_mel, read_audio, window_of, write_greedily)
@@ -220,7 +221,6 @@ def fit_adapter(args):
     if checkpoint:
         train.check_same(checkpoint, args)
     torch.manual_seed(args.seed)
-    model.requires_grad_(False)
     adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha)
     parameters = flora.adapter_parameters(model, adapter_id)
     train.say_sizes(args, model, parameters)
@@ -251,7 +251,7 @@ def load(args, device):
     longest = window_of(model.config)
     if args.window > longest:
         raise BadInput(f"--window {args.window}: this model hears at most {longest} s")
-    return model, writing
+    return model.requires_grad_(False), writing
 
 
 def speed_up(model, args):
@@ -260,9 +260,7 @@ def speed_up(model, args):
     if torch.device(args.device).type != "cpu":
         return
     keep_memory()
-    form = BothWays(getattr(torch, args.dtype))
-    for _, layer in flora.adapter_layers(model):
-        layer.form = form
+    pack_both_ways(model, getattr(torch, args.dtype))
     for module in model.modules():
         if isinstance(module, Attention) and args.dtype == "bfloat16":
             module.attend = attend_plainly
@@ -460,15 +458,14 @@ def show(args, bases, logs, rates, sweep):
     """Print the table as far as it goes, and write it to --json."""
     rows = {language: {method: row_of(runs) for method, runs in methods.items()}
             for language, methods in logs.items()}
-    for language, methods in rows.items():
-        print_rows(args, language, bases[language], methods, rates)
     bases = {language: {key: base[key] for key in SCORE} for language, base in bases.items()}
     sweep = {method: {f"{rate:g}": loss for rate, loss in tried.items() if loss < math.inf}
              for method, tried in sweep.items()}
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "window", "dtype")}
-    write_json(args.json, dict(
-        run=describe_run(), machine=describe_machine(torch.device(args.device)), base=bases,
-        table=rows, rates=rates, sweep=sweep, **settings))
+    data = dict(run=describe_run(), machine=describe_machine(torch.device(args.device)), base=bases,
+                table=rows, rates=rates, sweep=sweep, **settings)
+    print(f"\n{speech(data)}")
+    write_json(args.json, data)
 
 
 def row_of(runs):
@@ -476,20 +473,6 @@ def row_of(runs):
     row = {key: over_seeds([run["after"][key] for run in runs]) for key in RATES}
     return row | dict(seconds=over_seeds([run["seconds"] for run in runs]),
                       parameters=runs[0]["trainable_parameters"])
-
-
-def print_rows(args, language, base, methods, rates):
-    """One language, in Markdown."""
-    seeds = len(next(iter(methods.values()))["wer"]["seeds"])
-    print(f"\n{language}: {base['clips']} test clips, {base['words']} words; {args.steps} steps of "
-          f"{args.batch_size} clips, {args.dtype}; {seeds} seeds, mean ± standard deviation, %\n\n"
-          f"| | rate | parameters | {' | '.join(RATES.values())} | training, s |\n"
-          + 7 * "|---" + "|")
-    print("| base | | | " + " | ".join(f"{base[key]:.1f}" for key in RATES) + " | |")
-    for method, row in methods.items():
-        cells = [f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}" for key in RATES]
-        print(f"| {method} | {rates[method]:g} | {row['parameters']:,} | {' | '.join(cells)} | "
-              f"{row['seconds']['mean']:.0f} |")
 
 
 # ------------------------------------------------------------------------------------- the command

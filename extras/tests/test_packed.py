@@ -8,6 +8,7 @@ import bench
 import flora
 import generate
 from extras import packed
+from model import GPT, attend
 from test_flora import SERVED, run_script, served_model
 
 
@@ -27,6 +28,29 @@ def test_packed_weights_are_as_near_to_float64_as_plain_ones(family, dtype):
             expected = exact(ids, adapter_ids)
             errors = [(model(ids, adapter_ids).double() - expected).norm() for model in (plain, served)]
             assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_attends_to_a_cache_as_a_plain_one(key_heads, dtype):
+    """One token a row, each row with as much of the cache in sight as it has filled."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, n, 8, dtype=dtype)
+               for heads, n in [(4, 1), (key_heads, 7), (key_heads, 7)])
+    unseen = torch.arange(7) > torch.tensor([0, 3, 6])[:, None, None]         # [3, 1, 7]
+    mask = torch.zeros(3, 1, 7, dtype=dtype).masked_fill(unseen, float("-inf"))
+    exact = attend(q.double(), k.double(), v.double(), mask.double())
+    ours = packed.attend_to_cache(q, k, v, mask)
+    assert (ours - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_packing_leaves_attention_by_plain_math_as_it_is(tiny_folder):
+    for flash in (False, True):
+        model = GPT.from_pretrained(tiny_folder)
+        model.set_attention(flash)
+        model.pack()
+        packs = [attention.attend is packed.attend_to_cache for attention in model.attentions()]
+        assert packs == [flash] * model.config.n_layer
 
 
 @pytest.mark.parametrize("native", [True, False])
