@@ -2,6 +2,7 @@
 
 Most tests use a tiny random model; those of the embedded model say so. Nothing here is timed.
 """
+import contextlib
 import copy
 import json
 import os
@@ -944,6 +945,17 @@ def start_train(*args, launcher=()):
 def ending(request):
     """How a training ends too early, and the kind of its adapter."""
     return request.param
+
+
+def test_an_interrupted_run_says_how_to_go_on_with_resume_once(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "interrupts", lambda: contextlib.nullcontext(torch.ones(1)))
+    for step, flags in [(1, []), (2, ["--resume"])]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        with pytest.raises(KeyboardInterrupt):
+            run_train(tiny_folder, tmp_path, *flags)
+        told = f"interrupted at step {step}; go on with: {sys.executable} train.py --resume\n"
+        assert told in capsys.readouterr().out
 
 
 def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(

@@ -277,8 +277,9 @@ def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, gro
                 save_checkpoint(step, parameters, optimizer, log, args)
                 losses = []
     if step < args.steps:
-        command = shlex.join([sys.executable, *sys.argv])
-        say(f"interrupted at step {step}; go on with: {command} --resume")
+        resume = [] if args.resume else ["--resume"]
+        command = shlex.join([sys.executable, *sys.argv, *resume])
+        say(f"interrupted at step {step}; go on with: {command}")
         raise KeyboardInterrupt
     return log, rate
 
