@@ -524,7 +524,8 @@ def make_adapters(model, kind, rank, targets=None, alpha=8.0, device=None, **opt
                     raise BadInput(f"targets {' '.join(targets)} adapt {name} twice; name it once")
                 k, d = layers[name].weight.shape
                 with torch.device(device or "cpu"):
-                    new = adapter(rank, target, d, k, model.columns(target), alpha, **more, **options)
+                    new = adapter(rank, target, d, k, model.columns(target), alpha,
+                                  **more, **options)
                 made[name] = new.to(device or layers[name].weight.device)
     return made
 
@@ -563,7 +564,7 @@ def adapters_of(model, adapter_id):
 
 
 def adapter_parameters(model, adapter_id):
-    """{"layer name.A": Parameter, ...} of one adapter: what to train and what save_adapter writes."""
+    """{"layer name.A": Parameter, ...} of one adapter: what to train, what save_adapter writes."""
     return named_parameters(adapters_of(model, adapter_id))
 
 
@@ -663,7 +664,7 @@ def load_adapter(model, file):
     return attach(model, adapters)
 
 
-# ------------------------------------------------------------------------------ 5 files: right or refused
+# --------------------------------------------------------------------- 5 files: right or refused
 
 
 def fill(model, adapters, named, tensors, file):
@@ -693,8 +694,8 @@ def check_weights(name, tensor, file, kept=None):
                        "must be float32, bfloat16 or float16")
     if kept.numel() and not all(extreme.isfinite() for extreme in kept.detach().aminmax()):
         what = str(kept.dtype).removeprefix("torch.")
-        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it is damaged or "
-                       "diverged, or needs another --dtype")
+        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it is damaged "
+                       "or diverged, or needs another --dtype")
 
 
 def existing_file(file, what="file"):
@@ -705,7 +706,8 @@ def existing_file(file, what="file"):
         raise BadInput(f"{file}: is not a {what} but a folder, device or pipe")
     with open_file(file, "rb") as f:
         if f.read(40).startswith(b"version https://git-lfs"):
-            raise BadInput(f"{file}: is a pointer of Git LFS, not the file itself; run git lfs pull")
+            raise BadInput(f"{file}: is a pointer of Git LFS, not the file itself; run "
+                           "git lfs pull")
     return file
 
 
@@ -728,13 +730,14 @@ def load_tensors(file):
                        "copy or train it again") from e
 
 
-WORDS = {str: "text", int: "a whole number", float: "a number that is finite", bool: "true or false"}
+WORDS = {str: "text", int: "a whole number", float: "a number that is finite",
+         bool: "true or false"}
 
 
 def check(value, schema, where, name="what it holds"):
-    """BadInput, naming `where` and the key, unless `value`, read from a file, has the form `schema`:
-    str, int, float (any finite number) or bool; [schema], a list; {key: schema}, an object, in
-    which a key written with "?" may be missing or null."""
+    """BadInput, naming `where` and the key, unless `value`, read from a file, has the form
+    `schema`: str, int, float (any finite number) or bool; [schema], a list; {key: schema}, an
+    object, in which a key written with "?" may be missing or null."""
     if isinstance(schema, list):
         if not isinstance(value, list):
             raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be a list")
@@ -764,7 +767,7 @@ def is_a(value, kind):
 
 
 def read_json(file, schema={}):
-    """The object in a JSON file; BadInput if it cannot be read or does not have the form `schema`."""
+    """The object in a JSON file; BadInput if it cannot be read or is not of the form `schema`."""
     existing_file(file)
     try:
         with open_file(file, "rb") as f:

@@ -146,8 +146,8 @@ class Engine:
         try:
             return self.model.new_kv_cache(self.slots, self.length)
         except RuntimeError as e:   # of the allocator
-            raise BadInput(f"a KV cache of {self.slots} slots of {self.length} tokens does not fit in "
-                           f"memory ({str(e).splitlines()[0]}); use fewer --slots") from None
+            raise BadInput(f"a KV cache of {self.slots} slots of {self.length} tokens does not fit "
+                           f"in memory ({str(e).splitlines()[0]}); use fewer --slots") from None
 
     # what a caller does
 
@@ -288,7 +288,8 @@ class Engine:
             return flora.gather(self.model, self.table["adapter_id"][:len(self.running)])
 
     def pick(self):
-        """The next token of every running request, int64 [n]; NOT_FINITE where its logits are not."""
+        """The next token of every running request, int64 [n]; NOT_FINITE where its logits are
+        not finite."""
         best, token = self.logits.max(-1)      # max is NaN in a row that has one
         if self.sampling:
             token = self.sample()
@@ -324,13 +325,14 @@ class Engine:
             self.recompose()
 
     def receive(self, request, ids, now):
-        """Give a request its new ids, and end it after an eos_id, at its limit or where it says so."""
+        """Give a request its new ids; end it after an eos_id, at its limit or where it says so."""
         last = [i for i, token in enumerate(ids) if token in request.ends][:1]
         ids = ids[:last[0] + 1] if last else ids
         if NOT_FINITE in ids:
             ids = ids[:ids.index(NOT_FINITE)]
-            request.error = ("its logits are not finite: its adapter or its prompt's values diverged, "
-                             "or overflow this dtype; use --dtype float32 or another adapter")
+            request.error = ("its logits are not finite: its adapter or its prompt's values "
+                             "diverged, or overflow this dtype; use --dtype float32 or another "
+                             "adapter")
         request.first_token = request.first_token or now
         request.ids += ids
         ended = len(request.ids) == request.limit or bool(last)
@@ -599,7 +601,8 @@ def parse_args(argv=None):
 
 
 def check_args(parser, args):
-    check_numbers(args, at_least_1=["max_new_tokens", "slots", "max_batched_tokens"], at_least_0=["seed"])
+    check_numbers(args, at_least_1=["max_new_tokens", "slots", "max_batched_tokens"],
+                  at_least_0=["seed"])
     if bool(args.requests) != bool(args.results):
         parser.error("--requests and --results go together")
     given = args.prompt or args.prompt_file or args.suffix or len(args.adapter) > 1

@@ -82,8 +82,8 @@ def preset(name):
 
 class Where(NamedTuple):
     """Where the tokens of one call stand in their rows: made once, the same for every layer."""
-    index: tuple | None = None         # where the cache takes their keys and values; None: its start
-    mask: torch.Tensor | None = None   # [B, T, S], 0 where a token may look, otherwise -inf; None: causal
+    index: tuple | None = None         # where the cache takes keys and values; None: its start
+    mask: torch.Tensor | None = None   # [B, T, S], 0 where a token may look, or -inf; None: causal
     rope: tuple | None = None          # Llama's angles (extras/llama.py)
 
 
@@ -296,7 +296,8 @@ class GPT(nn.Module):
         return self.logits(self.hidden(ids, adapter_ids, kv_cache, positions))
 
     def new_kv_cache(self, batch, length):
-        """An empty static cache for S = `length` tokens, [n_layer, 2, B, K, S, D], model's dtype."""
+        """An empty static cache for S = `length` tokens, [n_layer, 2, B, K, S, D], in the model's
+        dtype."""
         c, weight = self.config, self.wte.weight
         return torch.zeros(c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim,
                            dtype=weight.dtype, device=weight.device)
@@ -349,8 +350,8 @@ class GPT(nn.Module):
         config = read_config(folder)
         shapes = {name: (file, tensor.shape) for file, name, tensor in stored_tensors(folder)}
         if config.n_layer > len(shapes):   # before as many layers are made
-            raise BadInput(f"{folder}/config.json: n_layer is {config.n_layer}, but the weight files "
-                           f"hold {len(shapes)} tensors")
+            raise BadInput(f"{folder}/config.json: n_layer is {config.n_layer}, but the weight "
+                           f"files hold {len(shapes)} tensors")
         with torch.device("meta"):
             model = model_from_config(config)
         model.check_shapes(shapes, folder)
@@ -364,13 +365,14 @@ class GPT(nn.Module):
             elif name.endswith("lm_head.weight"):
                 output = tensor.to(device, dtype)
         if output is not None and not torch.equal(output, model.wte.weight):
-            raise BadInput(f"{folder}: lm_head.weight differs from the embedding, to which config.json "
-                           "ties it (tie_word_embeddings); its values would be lost")
+            raise BadInput(f"{folder}: lm_head.weight differs from the embedding, to which "
+                           "config.json ties it (tie_word_embeddings); its values would be lost")
         model.fingerprint = fingerprint(samples)
         return model
 
     def check_shapes(self, shapes, folder):
-        """BadInput unless {name: (file, shape)} of a folder's tensors are this model's parameters."""
+        """BadInput unless {name: (file, shape)} of a folder's tensors are the parameters of this
+        model."""
         parameters = self.base_parameters()
         for name, (file, shape) in shapes.items():
             if name not in parameters and not name.endswith(self.IGNORED):
@@ -446,7 +448,8 @@ def read_ends(values, file):
     vocab_size = values.get("vocab_size")
     for i in ends:
         if i < 0 or is_a(vocab_size, int) and i >= vocab_size:
-            raise BadInput(f"{file}: eos_token_id is {i}, outside of the vocabulary of {vocab_size}")
+            raise BadInput(f"{file}: eos_token_id is {i}, outside of the vocabulary of "
+                           f"{vocab_size}")
     return ends
 
 
@@ -536,7 +539,8 @@ def base_digest(folder):
 
 
 def stored_tensors(folder):
-    """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time, mapped from disk."""
+    """Yield (file, name, CPU tensor) for every tensor of a folder, one at a time, mapped from
+    disk."""
     files = weight_files(folder)
     mapped = set().union(*(names for names in files.values() if names))
     for file, names in files.items():
@@ -574,9 +578,9 @@ EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
 
 # What makes up a tokenizer, and what goes with it into a merged folder. generation_config.json
 # comes along because it says which tokens end a text.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
-                   "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja",
-                   "chat_template.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+                   "chat_template.jinja", "chat_template.json", "generation_config.json")
 
 
 class JsonTokenizer:
@@ -608,7 +612,7 @@ class PieceTokenizer:
         from sentencepiece import SentencePieceProcessor
         with open(file, "rb") as f:
             proto = f.read()
-        self.whole = SentencePieceProcessor(model_proto=proto)   # Llama's puts a space before a text
+        self.whole = SentencePieceProcessor(model_proto=proto)   # Llama's puts a space before
         self.prefix = " " if self.whole.normalize("a").startswith("▁") else ""
         # One that does not, for what goes on from a text: a field after the protobuf's end,
         # normalizer_spec.add_dummy_prefix = 0, overrides
@@ -724,12 +728,12 @@ class Tokenizer:
         """text -> list of ids. No special token is added, but with bos=True the bos_id, if any.
         BadInput for text that is not Unicode, or has a token that the model does not have."""
         if any("\ud800" <= c <= "\udfff" for c in text):
-            raise BadInput(f"a text holds half of a surrogate pair ({ascii(text[:40])}), which is not "
-                           "Unicode; write the character in full")
+            raise BadInput(f"a text holds half of a surrogate pair ({ascii(text[:40])}), which is "
+                           "not Unicode; write the character in full")
         ids = self.backend.encode(text)
         if self.limit is not None and ids and max(ids) >= self.limit:
-            raise BadInput(f"a text has token id {max(ids)}, but the model of {self.folder} has ids 0 to "
-                           f"{self.limit - 1}; encode it with this model's tokenizer")
+            raise BadInput(f"a text has token id {max(ids)}, but the model of {self.folder} has "
+                           f"ids 0 to {self.limit - 1}; encode it with this model's tokenizer")
         return ids if not bos or self.bos_id is None else [self.bos_id, *ids]
 
     def decode(self, ids, continues=False):

@@ -413,7 +413,8 @@ def load_checkpoint(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:  # whatever a damaged zip or pickle raises
         reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start again") from e
+        raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start "
+                       "again") from e
     flora.check(checkpoint, CHECKPOINT, file)
     if any(isinstance(value, torch.Tensor) for value in checkpoint["args"].values()):
         raise BadInput(f"{file}: not a readable checkpoint (a tensor stands among its flags); "
@@ -457,14 +458,16 @@ def restore(checkpoint, parameters, optimizer):
     trained = checkpoint["trained"]
     shapes = {name: getattr(tensor, "shape", None) for name, tensor in trained.items()}
     if shapes != {name: p.shape for name, p in parameters.items()}:
-        raise BadInput("the checkpoint was made with another base model or other targets, so that its "
-                       "parameters do not fit; give the flags it was made with, or another --out")
+        raise BadInput("the checkpoint was made with another base model or other targets, so that "
+                       "its parameters do not fit; give the flags it was made with, or another "
+                       "--out")
     for name, parameter in parameters.items():
         parameter.data.copy_(trained[name])
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"the checkpoint's optimizer is damaged ({e}); delete it to start again") from None
+        raise BadInput(f"the checkpoint's optimizer is damaged ({e}); delete it to start "
+                       "again") from None
     say(f"resumed at step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["log"]
 
@@ -553,7 +556,8 @@ def load_base(args, device, dtype):
 
 
 def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, **more):
-    """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the report."""
+    """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the
+    report."""
     if args.fast:
         loss = flora.extra("fast", "--fast").speed_up(model, args)
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
