@@ -9,15 +9,18 @@
   beside the weights themselves.
 - `OutputLoss`: the loss and its gradient a few rows at a time, so that no copy of all logits, in
   float32, is ever held.
-- `CausalAttention`: in bfloat16, attention by plain matmuls, which torch's fused one for CPUs runs
-  at half of their speed.
+- `CausalAttention`: attention by plain matmuls, which torch's fused one for CPUs runs at half of
+  their speed.
+- `Gelu`: by a sigmoid, which costs a fifth of torch's tanh, once for both directions.
 
 For one process on a CPU, without --compile. extras/peers_training.py measures what it gains.
 """
 import ctypes
+import math
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import Function
 
 import flora
@@ -26,8 +29,8 @@ from extras.packed import pack_weight, times_packed
 from flora import BadInput
 from train import WORLD
 
-ROWS = 512        # of the logits that OutputLoss holds at once
-QUERIES = 128     # of CausalAttention's blocks
+ROWS = 512        # of the logits that OutputLoss holds at once, and of what Gelu works on
+QUERIES = 64      # of CausalAttention's blocks
 LONGEST = 1024    # tokens up to which its probabilities are kept for the backward pass
 
 
@@ -37,11 +40,14 @@ def speed_up(model, args):
         raise BadInput("--fast is for one process on a CPU, without --compile; leave it out")
     keep_memory()
     dtype = getattr(torch, args.dtype)
-    if dtype == torch.bfloat16:
-        for attention in model.attentions():
-            attention.attend = attend
+    for attention in model.attentions():
+        attention.attend = attend
+    if model.config.activation_function == "gelu_pytorch_tanh":
+        for block in model.blocks:
+            block.mlp.activation = gelu
     pack_both_ways(model, dtype)
-    return partial(loss_of, dtype)
+    E = model.output.weight
+    return partial(loss_of, dtype, None if E.requires_grad else both_ways(E, dtype))
 
 
 def keep_memory():
@@ -70,6 +76,12 @@ class FrozenLinear(Function):
         return grad.to(ctx.dtype), None, None, None
 
 
+def both_ways(weight, dtype):
+    """weight [k, d] -> packed in `dtype` for x weightᵀ, and for its gradient's product with weight."""
+    weight = weight.detach().to(dtype)
+    return pack_weight(weight), pack_weight(weight.T)
+
+
 class BothWays(flora.Plain):
     """W0 packed in `dtype` for both directions, when a product first asks for some of its columns."""
 
@@ -79,8 +91,7 @@ class BothWays(flora.Plain):
     def product(self, layer, x, lo, hi, bias):
         columns = (layer, lo, hi)
         if columns not in self.packed:
-            weight = layer.weight.detach()[lo:hi].to(self.dtype)
-            self.packed[columns] = pack_weight(weight), pack_weight(weight.T)
+            self.packed[columns] = both_ways(layer.weight[lo:hi], self.dtype)
         bias = None if bias is None else bias.to(self.dtype)
         return FrozenLinear.apply(x, *self.packed[columns], bias)
 
@@ -98,85 +109,88 @@ def pack_both_ways(model, dtype):
 
 class OutputLoss(Function):
     """Mean cross-entropy of the logits x Eᵀ: x [n, C], E [vocab, C], targets int64 [n], of which
-    -100 does not count -> [] in float32. Differentiable in x and E."""
+    -100 does not count -> [] in float32. Differentiable in x and E. packed: E both_ways."""
 
     @staticmethod
-    def forward(ctx, x, E, targets, dtype):
-        counted = (targets != -100)[:, None]
-        y, n = targets.clamp(min=0)[:, None], counted.sum()
-        total, grad_x, grad_E = torch.zeros(()), torch.empty_like(x), None
-        low = E.detach().to(dtype)
+    def forward(ctx, x, E, targets, dtype, packed):
+        share = (targets != -100)[:, None] / (targets != -100).sum()         # of each row's loss
+        y, total, grad_x, grad_E = targets.clamp(min=0)[:, None], 0.0, torch.empty_like(x), None
         if ctx.needs_input_grad[1]:
             grad_E = torch.zeros_like(E)
         for start in range(0, len(x), ROWS):
             rows = slice(start, start + ROWS)
             part = x[rows].to(dtype)
-            logits = (part @ low.T).float()                                   # [ROWS, vocab]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(1, y[rows])) * counted[rows]).sum()
-            grad = logits.sub_(log_sum).exp_()                                # probabilities
-            grad.scatter_add_(1, y[rows], -torch.ones_like(log_sum))
-            grad = grad.mul_(counted[rows] / n).to(dtype)
-            grad_x[rows] = grad @ low
+            logits = times_packed(part, packed[0]).float()                    # [ROWS, vocab]
+            p = logits.softmax(-1)
+            log_sum = logits.amax(-1, True) - p.amax(-1, True).log()          # logsumexp
+            total += ((log_sum - logits.gather(1, y[rows])) * share[rows]).sum()
+            grad = p.scatter_add_(1, y[rows], -torch.ones_like(log_sum)).to(dtype)
+            grad_x[rows] = times_packed(grad, packed[1]) * share[rows]
             if grad_E is not None:
-                grad_E += grad.T @ part
+                grad_E += grad.T @ (part * share[rows]).to(dtype)
         ctx.save_for_backward(grad_x, grad_E)
-        return total / n
+        return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_E = ctx.saved_tensors
-        return grad_x * grad, None if grad_E is None else grad_E * grad, None, None
+        return grad_x * grad, None if grad_E is None else grad_E * grad, None, None, None
 
 
-def loss_of(dtype, model, x, y, adapter_ids):
-    """train.loss_of by OutputLoss."""
+def loss_of(dtype, packed, model, x, y, adapter_ids):
+    """train.loss_of by OutputLoss. packed: the output embedding both_ways; None where it trains."""
+    E = model.output.weight
     hidden = model.hidden(x, adapter_ids).flatten(0, 1)                       # [B T, C]
-    return OutputLoss.apply(hidden, model.output.weight, y.flatten(), dtype)
+    return OutputLoss.apply(hidden, E, y.flatten(), dtype, packed or both_ways(E, dtype))
 
 
 # --------------------------------------------------------------------------------------- attention
 
 
 def attend(q, k, v, mask=None):
-    """model.attend, by CausalAttention in bfloat16 where it can."""
-    B, H, T, D = q.shape
-    if mask is not None or not q.requires_grad or T > LONGEST:
+    """model.attend, by CausalAttention where it can."""
+    if mask is not None or not q.requires_grad or q.shape[2] > LONGEST:
         return plain.attend(q, k, v, mask)
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.get_autocast_dtype("cpu")) for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
-        return CausalAttention.apply(*(x.to(torch.bfloat16) for x in (q, k, v)))
+        return CausalAttention.apply(q, k, v)
 
 
 class CausalAttention(Function):
     """q [B, H, T, D] over k, v [B, K, T, D] -> [B, H, T, D]. A block of queries at a time looks at
-    the keys up to its end; the query heads of a key head are rows of one matmul."""
+    the keys up to its end. The rows of its matmuls are tokens and, of each, the query heads of a
+    key head: as c_attn writes them, so that a block of them is not copied."""
 
     @staticmethod
     def forward(ctx, q, k, v):
+        K, q = k.shape[1], q * q.shape[-1]**-0.5
+        k, v = k.flatten(0, 1), v.flatten(0, 1)                     # [B K, T, D]
         out, weights = torch.empty_like(q), []
         for rows, end in blocks(q.shape[2]):
-            scores = heads(q[:, :, rows] * q.shape[-1]**-0.5, k) @ k[:, :, :end].mT
-            masked = scores.view(*k.shape[:2], -1, rows.stop - rows.start, end)[..., rows.start:]
-            masked += torch.full(masked.shape[-2:], float("-inf"), dtype=q.dtype).triu(1)
-            weights.append(scores.softmax(-1))                      # [B, K, H / K * rows, end]
-            out[:, :, rows] = (weights[-1] @ v[:, :, :end]).view(out[:, :, rows].shape)
-        ctx.save_for_backward(q, k, v, out, *weights)
+            into = by_key_head(out[:, :, rows], K)                  # [B, K, rows, H / K, D]
+            n = rows.stop - rows.start
+            scores = matrices(q[:, :, rows], K) @ k[:, :end].mT     # [B K, rows H / K, end]
+            masked = scores.view(len(k), n, -1, end)[..., rows]
+            masked += torch.full((n, n), float("-inf"), dtype=q.dtype).triu(1)[:, None]
+            weights.append(scores.softmax(-1))
+            into.copy_((weights[-1] @ v[:, :end]).view(into.shape))
+        ctx.save_for_backward(q, k, v, *weights)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, *weights = ctx.saved_tensors
-        grad, scale = grad.to(q.dtype), q.shape[-1]**-0.5
+        q, k, v, *weights = ctx.saved_tensors
+        K, grad = len(k) // len(q), grad.to(q.dtype)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        through = (grad * out).sum(-1, keepdim=True)                # [B, H, T, 1]
         for (rows, end), p in zip(blocks(q.shape[2]), weights):
-            g = heads(grad[:, :, rows], k)                          # [B, K, H / K * rows, D]
-            grad_v[:, :, :end] += p.mT @ g
-            ds = g @ v[:, :, :end].mT - heads(through[:, :, rows], k)
-            ds = ds.mul_(p).mul_(scale)                             # [B, K, H / K * rows, end]
-            grad_q[:, :, rows] = (ds @ k[:, :, :end]).view(grad_q[:, :, rows].shape)
-            grad_k[:, :, :end] += ds.mT @ heads(q[:, :, rows], k)
-        return grad_q, grad_k, grad_v
+            into, g = by_key_head(grad_q[:, :, rows], K), matrices(grad[:, :, rows], K)
+            grad_v[:, :end] += p.mT @ g
+            ds = torch._softmax_backward_data(g @ v[:, :end].mT, p, -1, p.dtype)
+            into.copy_((ds @ k[:, :end]).view(into.shape))
+            grad_k[:, :end] += ds.mT @ matrices(q[:, :, rows], K)
+        grad_k, grad_v = (x.unflatten(0, (-1, K)) for x in (grad_k, grad_v))
+        return grad_q.mul_(q.shape[-1]**-0.5), grad_k, grad_v
 
 
 def blocks(T):
@@ -185,6 +199,43 @@ def blocks(T):
     return [(slice(start, end), end) for start, end in zip(range(0, T, QUERIES), ends)]
 
 
-def heads(x, k):
-    """[B, H, rows, D] -> [B, K, H / K * rows, D], by the key heads of k."""
-    return x.reshape(*k.shape[:2], -1, x.shape[-1])
+def by_key_head(x, K):
+    """[B, H, rows, D] -> a view of it, [B, K, rows, H / K, D]."""
+    return x.unflatten(1, (K, -1)).transpose(2, 3)
+
+
+def matrices(x, K):
+    """[B, H, rows, D] -> [B K, rows H / K, D]."""
+    return by_key_head(x, K).flatten(2, 3).flatten(0, 1)
+
+
+# -------------------------------------------------------------------------------------------- gelu
+
+
+def gelu(x):
+    """GELU by tanh, by Gelu where a gradient is wanted."""
+    return Gelu.apply(x) if x.requires_grad else F.gelu(x, approximate="tanh")
+
+
+class Gelu(Function):
+    """y = x s(z), z = 2 sqrt(2 / pi) (x + 0.044715 x³), s the sigmoid: GELU by tanh. Its slope,
+    s + s (1 - s) x dz/dx, is made with it, a few rows at a time, which stay in the cache."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y, slope = torch.empty_like(x), torch.empty_like(x)
+        parts = [tensor.flatten(0, -2).split(ROWS) for tensor in (x, y, slope)]
+        for x, y_part, slope_part in zip(*parts):
+            x = x.float()
+            linear = x * (8 / math.pi)**0.5
+            z = torch.addcmul(linear, linear, x * x, value=0.044715)
+            s = z.sigmoid()
+            y_part.copy_(x * s)
+            x_dz = torch.add(z, linear, alpha=-2 / 3)               # x dz/dx / 3
+            slope_part.copy_(torch.addcmul(s, s.addcmul(s, s, value=-1), x_dz, value=3))
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
