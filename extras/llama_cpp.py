@@ -89,13 +89,16 @@ def write_all(writer, file):
 
 def start_server(file, slots, length, loras=()):
     """The server in this process: `slots` requests at once, of `length` tokens each. A request uses
-    the LoRAs that it names."""
+    the LoRAs that it names. Keys and values are kept in float32, as in transformers, which excludes
+    flash attention: by default llama.cpp keeps them in float16."""
     import xllamacpp
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_parallel, settings.n_ctx = slots, slots * 64 * (length // 64 + 1)
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     settings.warmup, settings.verbosity, settings.cache_ram_mib = False, -1, 0
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.lora_init_without_apply = True
     settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0) for lora in loras]
     return xllamacpp.Server(settings)
