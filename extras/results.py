@@ -168,13 +168,14 @@ def engine(data):
 def peers(data):
     """Tokens/s of each engine's rows, beside our base in float32 of the same round."""
     lines = [[row["engine"], row["what"], row["dtype"], speed(row), f"{row['ratio_to_base']:.2f}",
+              f"{row['ratio_to_peft']:.2f}" if row["ratio_to_peft"] else "",
               f"{row['same_tokens']:.4g} of {data['new']}"] for row in data["rows"]]
     head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
-            "first tokens as in transformers, float32"]
+            "of transformers (+ PEFT) in its dtype", "first tokens as in transformers, float32"]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     return (f"{data['model']}'s shape, random weights, {data['requests']} requests of {data['prompt']} + "
             f"{data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:\n\n"
-            + markdown(head, lines))
+            + "\n\n".join([markdown(head, lines), *data["notes"]]))
 
 
 # ------------------------------------------------------------------------------------- the places
