@@ -178,6 +178,14 @@ def peers(data):
             + "\n\n".join([markdown(head, lines), *data["notes"]]))
 
 
+def many(data):
+    """train_many --speed: n adapters in one batch beside one after another."""
+    lines = [[row["rows_per_adapter"], row["adapters"], speed(row), f"{row['ratio_to_alone']:.2f}",
+              f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"] for row in data["rows"]]
+    return markdown(["rows per adapter", "adapters", "tokens/s", "beside one after another",
+                     "peak memory"], lines)
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
