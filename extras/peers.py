@@ -16,6 +16,7 @@ which is named too. Then the rows are timed in turns, --repeats times.
 PEFT mixes LoRAs in a batch by adapter_names. It ignores them for HiRA, the form in which it opens a
 FLoRA, so its tokens for FLoRA come from one adapter after another, and are not timed. llama.cpp has
 a server that takes a list of LoRAs with each request; it batches requests whose lists are equal.
+By default it keeps keys and values in float16; its rows say where it does.
 """
 import argparse
 import statistics
@@ -233,12 +234,13 @@ def ctranslate2_run(args, generator, words):
 def llama_cpp_rows(args, prompts):
     import gguf  # noqa: F401
     import xllamacpp  # noqa: F401
-    rows, length = {}, args.prompt + args.new
-    for dtype in ("float32", "int8"):
-        file = Path(args.folder, f"{dtype}.gguf")
+    rows, length, model = {}, args.prompt + args.new, GPT.from_pretrained(f"{args.folder}/model")
+    for weights, cache in [("float32", "float32"), ("float32", "float16"), ("int8", "float16")]:
+        file = Path(args.folder, f"{weights}.gguf")
         if not file.exists():
-            llama_cpp.write_gguf(GPT.from_pretrained(f"{args.folder}/model"), dtype, file)
-        server = llama_cpp.start_server(file, args.requests, length)
+            llama_cpp.write_gguf(model, weights, file)
+        server = llama_cpp.start_server(file, args.requests, length, cache=cache)
+        dtype = weights if cache == weights else f"{weights}, {cache} cache"
         rows["llama.cpp", "base", dtype] = partial(
             llama_cpp_run, args, server, prompts, [None] * args.requests)
     loras = [place / "lora.gguf" for rank in args.ranks for place in places(args, "lora", rank)]
