@@ -87,18 +87,28 @@ def write_all(writer, file):
     Path(f"{file}.part").rename(file)
 
 
-def start_server(file, slots, length, loras=()):
+def start_server(file, slots, length, loras=(), cache="float32"):
     """The server in this process: `slots` requests at once, of `length` tokens each. A request uses
-    the LoRAs that it names."""
+    the LoRAs that it names. cache: "float32", without flash attention, as in transformers, or
+    "float16", llama.cpp's default."""
     import xllamacpp
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
     settings.n_parallel, settings.n_ctx = slots, slots * 64 * (length // 64 + 1)
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
     settings.warmup, settings.verbosity, settings.cache_ram_mib = False, -1, 0
+    if cache == "float32":
+        keep_float32(settings)
     settings.lora_init_without_apply = True
     settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0) for lora in loras]
     return xllamacpp.Server(settings)
+
+
+def keep_float32(settings):
+    """Keys and values in float32; flash attention would round them."""
+    import xllamacpp
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 
 
 def complete(server, new, prompt, lora=None):

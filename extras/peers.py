@@ -9,12 +9,14 @@ Needs what this project does not, in an environment of its own:
 
 Random weights in the shape of tiny_starcoder_py, and as many random adapters on c_attn as requests,
 written once as PEFT's folders; every engine opens these. All requests are decoded greedily. Before
-anything is timed the tokens of every row are compared with transformers' and PEFT's in float32, and
-a float32 row that has others is refused. Then the rows are timed in turns, --repeats times.
+anything is timed the tokens of every row are compared with transformers' and PEFT's in float32. A
+float32 row that has others is left out and named, unless it leaves them at a near-tie (NEAR_TIE),
+which is named too. Then the rows are timed in turns, --repeats times.
 
 PEFT mixes LoRAs in a batch by adapter_names. It ignores them for HiRA, the form in which it opens a
 FLoRA, so its tokens for FLoRA come from one adapter after another, and are not timed. llama.cpp has
 a server that takes a list of LoRAs with each request; it batches requests whose lists are equal.
+By default it keeps keys and values in float16; its rows say where it does.
 """
 import argparse
 import statistics
@@ -41,6 +43,7 @@ from model import (GPT, JSON, check_numbers, check_writable, model_from_config, 
 
 KINDS = ("flora", "lora")
 NAMES = {"flora": "FLoRA", "lora": "LoRA"}
+NEAR_TIE = 1e-3   # nats by which transformers prefers its token to another engine's, at most
 PAUSE = 0.5   # seconds before a run, in which the threads of the engine before it go to sleep
 
 # ---------------------------------------------------------- the weights, as every engine has them
@@ -103,16 +106,17 @@ def places(args, kind, rank):
 
 def our_rows(args, prompts):
     weights, rows = Path(args.folder, "model"), {}
-    for dtype, variants in [("float32", [(None, 0), *kinds_and_ranks(args)]),
-                            ("bfloat16", [(None, 0), ("flora", args.ranks[0])])]:
+    for dtype in ("float32", "bfloat16"):
         model = GPT.from_pretrained(weights, "cpu", getattr(torch, dtype)).requires_grad_(False)
-        for kind, rank in variants:
-            adapters = load_set(model, places(args, kind, rank)) if kind else None
-            what = f"{NAMES[kind]} r{rank}" if kind else "base"
-            rows["this", what, dtype] = partial(our_run, args, model, adapters, prompts)
-    model = GPT.from_pretrained(weights).requires_grad_(False)
-    quantize_int8(model)
-    rows["this", "base", "int8"] = partial(our_run, args, model, None, prompts)
+        rows["this", "base", dtype] = partial(our_run, args, model, None, prompts)
+        for kind, rank in kinds_and_ranks(args):
+            adapters = load_set(model, places(args, kind, rank))
+            rows["this", f"{NAMES[kind]} r{rank}", dtype] = partial(
+                our_run, args, model, adapters, prompts)
+    for dtype in ("int8", "int8-dynamic"):
+        model = GPT.from_pretrained(weights).requires_grad_(False)
+        quantize_int8(model, dynamic=dtype == "int8-dynamic")
+        rows["this", "base", dtype] = partial(our_run, args, model, None, prompts)
     return rows
 
 
@@ -174,13 +178,36 @@ def transformers_run(args, model, prompts, **settings):
     return rows[:, args.prompt:].tolist()
 
 
-def reference_of_flora(args, prompts, rank):
-    """PEFT's tokens for the FLoRAs of a rank, as HiRAs, one after another."""
-    model, rows = open_peft(args, "float32", "flora", [rank]), []
-    for i, prompt in enumerate(prompts):
-        model.set_adapter(f"r{rank}-{i}")
-        rows += transformers_run(args, model, [prompt])
-    return rows
+class Reference:
+    """transformers in float32: the base, or with PEFT's adapters of a kind and rank, "FLoRA r1"."""
+
+    def __init__(self, args, what):
+        self.args, self.what = args, what
+        if what == "base":
+            self.model = open_base(args, "float32")
+        else:
+            kind, rank = what.lower().split(" r")
+            self.model = open_peft(args, "float32", kind, [int(rank)])
+
+    def use(self, i):
+        """The adapter of request i."""
+        if self.what != "base":
+            self.model.set_adapter(f"{self.what.split()[1]}-{i}")
+
+    def tokens(self, prompts):
+        """Of one request after another, as PEFT must for FLoRAs, which are HiRAs there."""
+        rows = []
+        for i, prompt in enumerate(prompts):
+            self.use(i)
+            rows += transformers_run(self.args, self.model, [prompt])
+        return rows
+
+    @torch.no_grad()
+    def preference(self, i, ids, token, other):
+        """Nats by which `token` is likelier than the other after the ids, with adapter i."""
+        self.use(i)
+        logits = self.model(input_ids=torch.tensor([ids])).logits[0, -1]
+        return (logits[token] - logits[other]).item()
 
 
 def ctranslate2_rows(args, prompts):
@@ -207,12 +234,13 @@ def ctranslate2_run(args, generator, words):
 def llama_cpp_rows(args, prompts):
     import gguf  # noqa: F401
     import xllamacpp  # noqa: F401
-    rows, length = {}, args.prompt + args.new
-    for dtype in ("float32", "int8"):
-        file = Path(args.folder, f"{dtype}.gguf")
+    rows, length, model = {}, args.prompt + args.new, GPT.from_pretrained(f"{args.folder}/model")
+    for weights, cache in [("float32", "float32"), ("float32", "float16"), ("int8", "float16")]:
+        file = Path(args.folder, f"{weights}.gguf")
         if not file.exists():
-            llama_cpp.write_gguf(GPT.from_pretrained(f"{args.folder}/model"), dtype, file)
-        server = llama_cpp.start_server(file, args.requests, length)
+            llama_cpp.write_gguf(model, weights, file)
+        server = llama_cpp.start_server(file, args.requests, length, cache=cache)
+        dtype = weights if cache == weights else f"{weights}, {cache} cache"
         rows["llama.cpp", "base", dtype] = partial(
             llama_cpp_run, args, server, prompts, [None] * args.requests)
     loras = [place / "lora.gguf" for rank in args.ranks for place in places(args, "lora", rank)]
@@ -264,22 +292,39 @@ def tokens_of(args, prompts, rows):
     tokens = {row: run() for row, run in tqdm(rows.items(), desc="compare", unit="row")}
     expected = {what: found for (engine, what, dtype), found in tokens.items()
                 if engine.startswith("transformers") and dtype == "float32"}
-    return tokens, expected | {f"FLoRA r{rank}": reference_of_flora(args, prompts, rank)
+    return tokens, expected | {f"FLoRA r{rank}": Reference(args, f"FLoRA r{rank}").tokens(prompts)
                                for rank in args.ranks}
 
 
-def check(tokens, expected):
-    """{row: for each request, how many of its first tokens are the expected ones}; BadInput for a
-    row in float32 in which not all are."""
-    same = {}
-    for row, found in tokens.items():
-        same[row] = [agreement(*pair) for pair in zip(found, expected[row[1]], strict=True)]
-        unlike = [str(i) for i, n in enumerate(same[row]) if n < len(expected[row[1]][i])]
-        if row[2] == "float32" and unlike:
-            raise BadInput(f"{', '.join(row)}: requests {', '.join(unlike)} have other tokens than "
-                           "in transformers, so nothing is timed; a near-tie may fall the other "
-                           "way: try another --seed in another --folder")
-    return same
+def partings(args, prompts, tokens, expected):
+    """{row in float32: [(request, token, nats)]}: where requests first have another token than the
+    expected one, and by how much transformers prefers that."""
+    found = {}
+    for row in [row for row in tokens if row[2] == "float32" and tokens[row] != expected[row[1]]]:
+        reference, found[row] = Reference(args, row[1]), []
+        for i, (mine, theirs) in enumerate(zip(tokens[row], expected[row[1]])):
+            n = agreement(mine, theirs)
+            if n < len(theirs):
+                nats = reference.preference(i, prompts[i] + theirs[:n], theirs[n], mine[n])
+                found[row].append((i, n, nats))
+    return found
+
+
+def verdict(row, places):
+    """-> (whether a row with these partings is timed, a sentence). BadInput for one of ours."""
+    timed = all(nats < NEAR_TIE for _, _, nats in places)
+    where = "; ".join(f"request {i} at its token {n}, which transformers prefers by {nats:.1g} nats"
+                      for i, n, nats in places)
+    sentence = f"{', '.join(row)}, {'timed' if timed else 'left out'}: other tokens in {where}."
+    if row[0] == "this" and not timed:
+        raise BadInput(f"{sentence} That is a fault here, so nothing is timed")
+    return timed, sentence
+
+
+def agreements(tokens, expected):
+    """{row: for each request, how many of its first tokens are the expected ones}"""
+    return {row: [agreement(*pair) for pair in zip(found, expected[row[1]], strict=True)]
+            for row, found in tokens.items()}
 
 
 def agreement(found, expected):
@@ -300,14 +345,28 @@ def measure(args, rows):
 
 
 def summary(args, seconds, same):
-    """Rows of the table; the ratio is to our base in float32, of the same round, their median."""
-    work, base = args.requests * args.new, seconds["this", "base", "float32"]
-    return [dict(engine=row[0], what=row[1], dtype=row[2],
-                 same_tokens=sum(same[row]) / len(same[row]),
-                 tokens_per_second=work / statistics.median(times),
-                 tokens_per_second_min=work / max(times), tokens_per_second_max=work / min(times),
-                 ratio_to_base=statistics.median(b / t for b, t in zip(base, times)))
-            for row, times in seconds.items()]
+    """Rows of the table. Ratios are medians of those of each round: to our base in float32, and to
+    transformers (with PEFT's LoRA of the same rank, mixed) in the same dtype, where it has it."""
+    work, base, rows = args.requests * args.new, seconds["this", "base", "float32"], []
+    for row, times in seconds.items():
+        rows.append(dict(
+            engine=row[0], what=row[1], dtype=row[2], same_tokens=statistics.mean(same[row]),
+            tokens_per_second=work / statistics.median(times),
+            tokens_per_second_min=work / max(times), tokens_per_second_max=work / min(times),
+            ratio_to_base=ratio(base, times), ratio_to_peft=ratio(seconds.get(rival(row)), times)))
+    return rows
+
+
+def rival(row):
+    """transformers' row in the same dtype, with as many LoRAs of the same rank."""
+    _, what, dtype = row
+    if what == "base":
+        return "transformers", "base", dtype
+    return "transformers + PEFT", f"LoRA {what.split()[1]}", dtype
+
+
+def ratio(others, times):
+    return others and statistics.median(b / t for b, t in zip(others, times))
 
 
 def compare(args):
@@ -318,10 +377,15 @@ def compare(args):
     rows, versions = all_rows(args, prompts)
     if args.prepare:
         return
-    same = check(*tokens_of(args, prompts, rows))
+    tokens, expected = tokens_of(args, prompts, rows)
+    same = agreements(tokens, expected)
+    verdicts = {row: verdict(row, places)
+                for row, places in partings(args, prompts, tokens, expected).items()}
+    rows = {row: run for row, run in rows.items() if verdicts.get(row, (True, ""))[0]}
     data = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")),
                 versions=versions, model=args.model, requests=args.requests, prompt=args.prompt,
-                new=args.new, repeats=args.repeats, rows=summary(args, measure(args, rows), same))
+                new=args.new, repeats=args.repeats, notes=[said for _, said in verdicts.values()],
+                rows=summary(args, measure(args, rows), same))
     print(table_of(data))
     if args.json:
         write_json(args.json, data)

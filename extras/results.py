@@ -168,13 +168,22 @@ def engine(data):
 def peers(data):
     """Tokens/s of each engine's rows, beside our base in float32 of the same round."""
     lines = [[row["engine"], row["what"], row["dtype"], speed(row), f"{row['ratio_to_base']:.2f}",
+              f"{row['ratio_to_peft']:.2f}" if row["ratio_to_peft"] else "",
               f"{row['same_tokens']:.4g} of {data['new']}"] for row in data["rows"]]
     head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
-            "first tokens as in transformers, float32"]
+            "of transformers (+ PEFT) in its dtype", "first tokens as in transformers, float32"]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     return (f"{data['model']}'s shape, random weights, {data['requests']} requests of {data['prompt']} + "
             f"{data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:\n\n"
-            + markdown(head, lines))
+            + "\n\n".join([markdown(head, lines), *data["notes"]]))
+
+
+def many(data):
+    """train_many --speed: n adapters in one batch beside one after another."""
+    lines = [[row["rows_per_adapter"], row["adapters"], speed(row), f"{row['ratio_to_alone']:.2f}",
+              f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"] for row in data["rows"]]
+    return markdown(["rows per adapter", "adapters", "tokens/s", "beside one after another",
+                     "peak memory"], lines)
 
 
 # ------------------------------------------------------------------------------------- the places

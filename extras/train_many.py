@@ -27,12 +27,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import flora
 import train
+from bench import describe_machine, describe_run
+from extras.results import many as table_of
 from extras.table1 import CORPORA
 from flora import BadInput, read_json, write_json
-from model import run_main
+from model import JSON, check_numbers, check_writable, run_main
 
 ONE_OR_EACH = ("adapter", "rank", "lr", "steps", "seed")   # flags of one value, or one per adapter
 
@@ -172,24 +175,36 @@ def summarize(reports, failed, rate, file):
 
 
 def speed(args, shared):
-    """Print tokens/s and peak memory of n adapters in one batch and of one alone, which are also
+    """Measure tokens/s and peak memory of n adapters in one batch and of one alone, which are also
     those of n one after another. Each run is a process, on random words; they are repeated in
-    turns, and medians [lowest, highest] are shown."""
+    turns, after one that is not counted."""
+    check_numbers(args, ["speed", "rows", "repeats"])
+    check_writable(args.json, "--json", JSON)
+    about = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")),
+                 repeats=args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         words = random_words(folder)
         flags = ["--steps", "6", "--eval-every", "1000", "--eval-tokens", "500",
                  "--keep-duplicates", *shared]   # nothing is held out between the steps timed
-        cases, seen = list(itertools.product(args.rows, [1, *args.speed])), {}
-        for case in cases * args.repeats:
+        cases, seen = list(itertools.product(args.rows, dict.fromkeys([1, *args.speed]))), {}
+        measure(*cases[0], words, flags, folder)
+        for case in tqdm(cases * args.repeats, unit="run"):
             seen.setdefault(case, []).append(measure(*case, words, flags, folder))
-    print("| rows per adapter | adapters | tokens/s | beside one after another | peak memory, MiB |")
-    print("|---|---|---|---|---|")
-    for rows, n in cases:
-        rates, sizes = zip(*seen[rows, n])
-        alone = statistics.median(rate for rate, _ in seen[rows, 1])
-        rate = statistics.median(rates)
-        print(f"| {rows} | {n} | {rate:.0f} [{min(rates):.0f}, {max(rates):.0f}] | "
-              f"{rate / alone:.2f} | {statistics.median(sizes) / 2**20:.0f} |")
+    data = about | dict(rows=[row_of(case, seen) for case in cases])
+    print(table_of(data))
+    if args.json:
+        write_json(args.json, data)
+
+
+def row_of(case, seen):
+    """A line of the table, from {(rows, n): [(tokens per second, bytes)]}; the ratio is the median of
+    the rounds'."""
+    rates, sizes = zip(*seen[case])
+    alone = [rate for rate, _ in seen[case[0], 1]]
+    return dict(rows_per_adapter=case[0], adapters=case[1], tokens_per_second=statistics.median(rates),
+                tokens_per_second_min=min(rates), tokens_per_second_max=max(rates),
+                ratio_to_alone=statistics.median(a / b for a, b in zip(rates, alone)),
+                peak_memory_bytes=max(sizes))
 
 
 def random_words(folder):
@@ -208,9 +223,13 @@ def measure(rows, n, words, flags, folder):
     """One run of n adapters -> (tokens per second, bytes)."""
     file, root = Path(folder, "report.json"), Path(train.__file__).resolve().parent
     data = [f"a{i}={words}" for i in range(n)]
-    subprocess.run([sys.executable, "-m", "extras.train_many", "--data", *data, *flags,
-                    "--batch-size", str(rows), "--out", f"{folder}/out", "--json", file],
-                   check=True, capture_output=True, cwd=root)
+    done = subprocess.run([sys.executable, "-m", "extras.train_many", "--data", *data, *flags,
+                           "--batch-size", str(rows), "--out", f"{folder}/out", "--json", file],
+                          capture_output=True, text=True, cwd=root)
+    if done.returncode:
+        *_, last = ["", *done.stderr.strip().splitlines()]
+        raise BadInput(f"--speed: {n} adapters of {rows} rows ended with status {done.returncode} "
+                       f"(-9: out of memory). {last}")
     report = read_json(file)
     return report["tokens_per_second"], report["adapters"]["a0"]["peak_memory_bytes"]
 
@@ -229,13 +248,15 @@ def parse_args(argv=None):
     for flag in ONE_OR_EACH:
         add(f"--{flag}", nargs="+", default=[], help="one for all, or one for each of --data")
     add("--out", default="out/many", help="folder; adapter NAME's is OUT/NAME")
-    add("--json", metavar="FILE", help="write all reports there")
+    add("--json", metavar="FILE", help="write all reports, or --speed's table, there")
     add("--speed", nargs="+", type=int, metavar="N", help="no training: measure N adapters")
     add("--rows", nargs="+", type=int, default=[1, 2, 8], help="of --speed: rows per adapter")
     add("--repeats", type=int, default=3, help="of --speed")
     args, shared = parser.parse_known_args(argv)
     if not (args.data or args.speed):
         parser.error("--data names no adapter; give NAME=PATH for each")
+    if args.data and args.speed:
+        parser.error("--speed measures on random words; leave out --data")
     for flag in ONE_OR_EACH:
         values = getattr(args, flag)
         if len(values) not in (0, 1, len(args.data) or len(values)):

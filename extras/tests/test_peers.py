@@ -1,6 +1,7 @@
 """Serving beside other engines: what can be tested without them."""
 import sys
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,13 +33,47 @@ def test_our_rows_give_each_request_the_tokens_of_its_folder_alone(args):
         alone = [generate(base, [prompt], [i], max_new_tokens=6)[0] for prompt, i in zip(prompts, ids)]
         expected[f"{peers.NAMES[kind]} r{rank}"] = alone
         assert alone != expected["base"]
-    same = peers.check(tokens, expected)
-    assert len(same) == 8
+    same = peers.agreements(tokens, expected)
+    assert len(same) == 12
     assert all(n == [6, 6, 6] for (_, _, dtype), n in same.items() if dtype == "float32")
-    assert same["this", "base", "int8"][0] > 0
-    tokens["this", "LoRA r2", "float32"] = tokens["this", "base", "float32"]
-    with pytest.raises(BadInput, match="this, LoRA r2, float32: requests .* have other tokens than in"):
-        peers.check(tokens, expected)
+    assert same["this", "base", "int8"][0] > 0 and same["this", "base", "int8-dynamic"][0] > 0
+
+
+def test_a_row_that_leaves_the_tokens_is_timed_only_at_a_near_tie(args, monkeypatch):
+    monkeypatch.setattr(peers, "Reference", OurReference)
+    peers.prepare(args)
+    prompts = torch.randint(1, 300, (3, 5)).tolist()
+    expected = {"base": OurReference(args, "base").tokens(prompts)}
+    first, *others = expected["base"]
+    other = [first, *([*row[:4], (row[4] + 1) % 300, 0] for row in others)]
+    tokens = {("llama.cpp", "base", "float32"): other, ("llama.cpp", "base", "int8"): other,
+              ("this", "base", "float32"): expected["base"]}
+    (row, found), = peers.partings(args, prompts, tokens, expected).items()
+    assert row == ("llama.cpp", "base", "float32")
+    assert [place[:2] for place in found] == [(1, 4), (2, 4)]
+    assert min(nats for _, _, nats in found) > 0
+    timed, said = peers.verdict(row, [(1, 4, 0.02), (2, 4, 1e-4)])
+    assert not timed and said == (
+        "llama.cpp, base, float32, left out: other tokens in request 1 at its token 4, which "
+        "transformers prefers by 0.02 nats; request 2 at its token 4, which transformers "
+        "prefers by 0.0001 nats.")
+    timed, said = peers.verdict(row, [(2, 4, 1e-4)])
+    assert timed and said.startswith("llama.cpp, base, float32, timed: other tokens in request 2")
+    with pytest.raises(BadInput, match="this, base, float32, left out: .* so nothing is timed"):
+        peers.verdict(("this", "base", "float32"), [(1, 4, 0.02)])
+
+
+class OurReference(peers.Reference):
+    """The base, by this project's model in the place of transformers'."""
+
+    def __init__(self, args, what):
+        self.args, self.what, self.base = args, what, GPT.from_pretrained(f"{args.folder}/model")
+
+    def tokens(self, prompts):
+        return generate(self.base, prompts, max_new_tokens=self.args.new)
+
+    def model(self, input_ids):
+        return SimpleNamespace(logits=self.base(input_ids))
 
 
 def test_weights_are_made_once_and_a_folder_of_other_weights_is_refused(args, monkeypatch):
@@ -70,20 +105,23 @@ def test_an_engine_that_is_missing_is_skipped_by_name_but_not_the_reference(args
 
 
 def test_the_table_compares_rows_in_the_same_round(args, monkeypatch, capsys):
-    """18 tokens a run; seconds of the two rows in three rounds."""
+    """18 tokens a run; seconds of the three rows in three rounds. A fourth row is left out."""
     args.json = str(args.folder) + ".json"
-    clock = iter([0, 1, 0, 2, 0, 2, 0, 3, 0, 4, 0, 16])
-    rows = {("this", "base", "float32"): None, ("other", "LoRA r1", "int8"): None}
+    clock = iter([0, 1, 0, 2, 0, 4, 0, 2, 0, 3, 0, 9, 0, 4, 0, 16, 0, 8])
+    rows = {("this", "base", "float32"): None, ("other", "LoRA r1", "int8"): None,
+            ("transformers", "base", "float32"): None, ("wrong", "base", "float32"): None}
     monkeypatch.setattr(peers.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(peers, "PAUSE", 0)
     monkeypatch.setattr(peers, "all_rows", lambda *_: (dict.fromkeys(rows, list), {"peft": "0.21"}))
     monkeypatch.setattr(peers, "tokens_of", lambda *_: (
         {row: [[1] * 6] * 3 for row in rows},
         {"base": [[1] * 6] * 3, "LoRA r1": [[1] * 6, [1, 2] * 3, [2] * 6]}))
+    monkeypatch.setattr(peers, "partings", lambda *_: {("wrong", "base", "float32"): [(0, 3, 0.5)]})
     peers.compare(args)
     table = capsys.readouterr().out
-    assert "| this | base | float32 | 9.0 [4.5–18.0] | 1.00 | 6 of 6 |" in table
-    assert "| other | LoRA r1 | int8 | 6.0 [1.1–9.0] | 0.50 | 2.333 of 6 |" in table   # of .5, .67, .25
+    assert "| this | base | float32 | 9.0 [4.5–18.0] | 1.00 | 4.00 | 6 of 6 |" in table  # 4, 4.5, 2
+    assert "| other | LoRA r1 | int8 | 6.0 [1.1–9.0] | 0.50 |  | 2.333 of 6 |" in table   # of .5, .67, .25
+    assert "\n\nwrong, base, float32, left out: other tokens in request 0 at its token 3" in table
     data = read_json(args.json)
     assert data["versions"] == {"peft": "0.21"} and data["rows"][1]["tokens_per_second"] == 6
 

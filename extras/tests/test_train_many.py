@@ -16,7 +16,7 @@ import train
 from extras import train_many
 from flora import BadInput
 from model import run_main
-from test_flora import HERE, random_adapter, tiny_flags, tiny_model
+from test_flora import HERE, random_adapter, run_script, tiny_flags, tiny_model
 
 INCLUDE = Path(torch.__file__).parent / "include" / "c10"
 DATA = {"util": f"{INCLUDE / 'util'}:.h", "core": f"{INCLUDE / 'core'}:.h .hpp", "cpp": str(INCLUDE / "macros"),
@@ -164,3 +164,20 @@ def test_as_many_values_as_adapters_or_one(capsys):
     runs = train_many.runs_of(args, shared)
     assert [(a.rank, a.lr, a.clip, a.ext) for a in runs.values()] == [
         (1, 0.5, 2.0, [".h", ".hpp"]), (4, 0.5, 2.0, [".cuh", ".cu"])]
+
+
+def test_speed_compares_with_one_adapter_of_the_same_round(tmp_path, monkeypatch, capsys):
+    """Tokens/s of 1 and of 2 adapters in three rounds, after a run that is not counted."""
+    answers = iter([(1.0, 0), (100.0, 2**20), (50.0, 2**21), (10.0, 2**20), (20.0, 2**21),
+                    (40.0, 2**20), (60.0, 2**21)])
+    monkeypatch.setattr(train_many, "measure", lambda *_: next(answers))
+    flags = ["train_many", "--speed", "2", "--rows", "4", "--json", tmp_path / "many.json"]
+    run_script(train_many.main, flags, monkeypatch)
+    assert ("| 4 | 1 | 40.0 [10.0–100.0] | 1.00 | 1 MiB |\n"
+            "| 4 | 2 | 50.0 [20.0–60.0] | 1.50 | 2 MiB |") in capsys.readouterr().out   # 0.5, 2, 1.5
+    assert json.loads((tmp_path / "many.json").read_text())["rows"][1]["ratio_to_alone"] == 1.5
+
+
+def test_a_run_that_fails_ends_speed_in_a_sentence(tmp_path):
+    with pytest.raises(BadInput, match="--speed: 2 adapters of 1 rows ended with status 2 .*--steps is 0"):
+        train_many.measure(1, 2, DATA["util"], ["--steps", "0"], tmp_path)
