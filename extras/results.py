@@ -196,6 +196,10 @@ TABLES = {   # name in the text: (file in extras/results/, what makes the table 
     "layer-15b": ("layer_15b.json", layer),
     "layer-15b-one": ("layer_15b_one.json", layer),
     "layer-15b-long": ("layer_15b_long.json", layer),
+    "peers": ("peers.json", peers),
+    "training": ("training.json", training),
+    "training-768": ("training_768.json", training),
+    "many-smollm2": ("train_many_smollm2.json", many),
 }
 
 

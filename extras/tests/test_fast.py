@@ -62,6 +62,18 @@ def test_attention_in_blocks_equals_attend_and_so_do_its_gradients(key_heads, to
                                torch.autograd.grad(expected, (q, k, v), g))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_gelu_by_a_sigmoid_is_torchs_by_tanh_and_so_is_its_slope(dtype, tolerance, monkeypatch):
+    """A row at a time, far out too, where the slope is 0 or 1."""
+    monkeypatch.setattr(fast, "ROWS", 1)
+    x = torch.cat([torch.linspace(-6, 6, 98), torch.tensor([-100.0, 100.0])]).view(4, 25)
+    x = x.to(dtype).requires_grad_()
+    expected, ours = F.gelu(x, approximate="tanh"), fast.gelu(x)
+    torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, expected)),
+                               rtol=tolerance, atol=tolerance)
+
+
 def test_the_loss_in_parts_equals_cross_entropy_and_so_do_its_gradients(monkeypatch):
     monkeypatch.setattr(fast, "ROWS", 4)
     torch.manual_seed(0)
