@@ -1,6 +1,6 @@
 """A decoding step of the CPU engine: how fast in each dtype and form of W0, and where its time goes.
 
-  python -m extras.bench_engine --json out/engine.json               tiny_starcoder_py's shape, 2 minutes
+  python -m extras.bench_engine --json out/engine.json               tiny_starcoder_py's shape, 5 minutes
   python -m extras.bench_engine --weights base --rows base:float32 base:bfloat16 base:float32:compile
   python -m extras.bench_engine --slots 1 --rows base:bfloat16 base:int8 base:int8-dynamic
 
