@@ -1,6 +1,6 @@
 """A decoding step of the CPU engine: how fast in each dtype and form of W0, and where its time goes.
 
-  python -m extras.bench_engine --json out/engine.json               tiny_starcoder_py's shape, 2 minutes
+  python -m extras.bench_engine --json out/engine.json               tiny_starcoder_py's shape, 5 minutes
   python -m extras.bench_engine --weights base --rows base:float32 base:bfloat16 base:float32:compile
   python -m extras.bench_engine --slots 1 --rows base:bfloat16 base:int8 base:int8-dynamic
 
@@ -10,8 +10,8 @@ or int8-dynamic (the rest in float32). --slots requests of 64 + 64 tokens, greed
 Weights are random, but for --weights. The rows run in turns after an untimed run, every other round
 in reverse order. Printed: generated tokens/s, median [lowest-highest] of the rounds, and its ratio
 to the first row, the median over the rounds; milliseconds of the prefill and of a decoding step,
-medians; and, from one profiled run, which part of a step's operators' time each group takes, and
-what of a step is in none (Python and the dispatch of operators).
+medians; from one profiled run, which part of a step's operators' time each group takes (the table
+leaves out Python between them); and seconds of the untimed run, which packs or compiles.
 """
 import argparse
 import re

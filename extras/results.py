@@ -157,12 +157,14 @@ def training(data):
 
 
 def engine(data):
-    """extras/bench_engine.py: tokens/s, a step in milliseconds, and the shares of its operators."""
+    """extras/bench_engine.py: tokens/s, the prefill and a step in milliseconds, the shares of its
+    operators, and seconds of the untimed first run, in which weights are packed or code compiled."""
     parts = list(data["rows"][0]["parts"])
     lines = [[row["name"], speed(row), f"{row['ratio']:.2f}", f"{row['prefill_ms']:.0f}",
-              f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in parts)]
-             for row in data["rows"]]
-    return markdown(["", "tokens/s", "of the first", "prefill ms", "step ms", *parts], lines)
+              f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in parts),
+              f"{row['first_run_s']:.1f}"] for row in data["rows"]]
+    head = ["", "tokens/s", "of the first", "prefill ms", "step ms", *parts, "first run s"]
+    return markdown(head, lines)
 
 
 def peers(data):
@@ -200,6 +202,9 @@ TABLES = {   # name in the text: (file in extras/results/, what makes the table 
     "training": ("training.json", training),
     "training-768": ("training_768.json", training),
     "many-smollm2": ("train_many_smollm2.json", many),
+    "engine": ("engine.json", engine),
+    "engine-one": ("engine_one.json", engine),
+    "engine-embedded": ("engine_embedded.json", engine),
 }
 
 
