@@ -1,0 +1,146 @@
+"""The paper's Figure 1, running: one model, four requests, four adapters, one batch.
+
+  python -m extras.demo                        a task that the adapters were not trained on
+  python -m extras.demo --task 20 --png figure1.png
+
+The embedded model, which knows Python, is asked for the same small program in Python, without an
+adapter, and in Perl, JavaScript and Bash, each with an adapter of base/adapters/. Then the programs
+are run against their tests where this machine has the language, contained as the top of
+extras/sandbox.py says, and the batch is timed against the four requests one after another.
+"""
+import argparse
+import statistics
+import time
+
+import torch
+
+import flora
+from extras.languages import LANGUAGES, interpreter_of, run_program
+from extras.toy_problems import make_tasks, render
+from flora import BadInput
+from generate import Engine, cut_at_stop, new_text, stop_check
+from model import EMBEDDED, GPT, PNG, Tokenizer, check_writable, run_main, save_figure
+
+ROWS = {   # language: (its name, its adapter)
+    "py": ("Python", None), "pl": ("Perl", "perl"), "js": ("JavaScript", "javascript"),
+    "sh": ("Bash", "bash")}
+NEW = 96       # tokens of a program at most
+ROUNDS = 3     # of the timing
+
+
+def load():
+    """-> (model, tokenizer, {language: adapter id}), the adapters stacked for serving."""
+    model, tokenizer = GPT.from_pretrained(EMBEDDED).requires_grad_(False), Tokenizer(EMBEDDED)
+    ids = {}
+    for language, (_, adapter) in ROWS.items():
+        file = f"{EMBEDDED}/adapters/{adapter}.safetensors"
+        ids[language] = flora.load_adapter(model, file) if adapter else flora.BASE
+    flora.freeze_bank(model)
+    return model, tokenizer, ids
+
+
+def write_programs(engine, tokenizer, problems, ids):
+    """Serve one request for each of {language: problem} -> ({language: program}, new tokens)."""
+    requests = {}
+    for language, problem in problems.items():
+        requests[language] = engine.submit(
+            tokenizer.encode(problem["prompt"]), adapter_id=ids[language], max_new_tokens=NEW,
+            eos_id=tokenizer.eos_ids, stopped=stop_check(tokenizer, problem["stop_tokens"]))
+    engine.run()
+    texts = {language: cut_at_stop(new_text(tokenizer, r.ids), problems[language]["stop_tokens"])
+             for language, r in requests.items()}
+    return texts, sum(len(r.ids) for r in requests.values())
+
+
+def verdict(problem, text):
+    """What running a program against its tests says."""
+    try:
+        interpreter_of(problem["language"])
+    except BadInput:
+        return f"not run: no {LANGUAGES[problem['language']].command[0]} here"
+    program = problem["prompt"] + text + "\n" + problem["tests"]
+    return f"{run_program(problem['language'], program).outcome} its tests"
+
+
+def time_batch(engine, tokenizer, problems, ids):
+    """-> (tokens/s of the four as one batch, of the four one after another), medians in turns."""
+    def speed(groups):
+        begin, tokens = time.perf_counter(), 0
+        for group in groups:
+            tokens += write_programs(engine, tokenizer, group, ids)[1]
+        return tokens / (time.perf_counter() - begin)
+
+    alone = [{language: problem} for language, problem in problems.items()]
+    rounds = [(speed([problems]), speed(alone)) for _ in range(ROUNDS)]
+    return [statistics.median(found) for found in zip(*rounds)]
+
+
+def side_by_side(columns):
+    """Texts, as columns of one text."""
+    columns = [text.rstrip("\n").split("\n") for text in columns]
+    height = max(map(len, columns))
+    widths = [max(map(len, lines)) for lines in columns]
+    rows = zip(*(lines + [""] * (height - len(lines)) for lines in columns))
+    return "\n".join("   ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
+                     for row in rows)
+
+
+def draw(file, task, texts, verdicts):
+    """The paper's Figure 1 with what this run wrote: requests, one batch, outputs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(12, 7))
+    axis.set(xlim=(0, 12), ylim=(0, 7))
+    axis.axis("off")
+    box = dict(boxstyle="round,pad=0.4", facecolor="white")
+    axis.text(6, 6.75, task, ha="center", fontsize=11)
+    axis.text(5.1, 3.3, "one model\n\n$Y = A \\circ ((B \\circ X)\\, W_0)$\n\none batch", ha="center",
+              va="center", fontsize=13, bbox=box | dict(edgecolor="black"))
+    for i, (language, text) in enumerate(texts.items()):
+        y, color = 5.8 - 1.65 * i, f"C{i}"
+        name, adapter = ROWS[language]
+        asked = f"in {name}\n" + (f"adapter {adapter}: $A_{i}$, $B_{i}$" if adapter else "no adapter")
+        axis.text(1.2, y, asked, ha="center", va="center", fontsize=10,
+                  bbox=box | dict(edgecolor=color))
+        axis.text(7.3, y, text, va="center", fontsize=7.5, family="monospace",
+                  bbox=box | dict(edgecolor=color))
+        axis.text(11.9, y, verdicts[language], va="center", ha="right", fontsize=9, color=color)
+        axis.annotate("", (3.6, 3.3), (2.3, y), arrowprops=dict(arrowstyle="->", color=color))
+        axis.annotate("", (7.2, y), (6.6, 3.3), arrowprops=dict(arrowstyle="->", color=color))
+    save_figure(figure, file)
+    print(f"wrote {file}")
+
+
+def demo(args):
+    check_writable(args.png, "--png", PNG)
+    tasks = make_tasks()[0]
+    if not 0 <= args.task < len(tasks):
+        raise BadInput(f"--task {args.task}: there are tasks 0 to {len(tasks) - 1}")
+    problems = {language: render(language, *tasks[args.task], "demo") for language in ROWS}
+    model, tokenizer, ids = load()
+    engine = Engine(model, slots=len(ROWS))
+    texts, _ = write_programs(engine, tokenizer, problems, ids)
+    verdicts = {language: verdict(problems[language], texts[language]) for language in ROWS}
+    programs = {language: problems[language]["prompt"] + texts[language] for language in ROWS}
+    task = problems["py"]["prompt"].split('"""')[1]
+    print(f"{task} Four requests, four adapters, one batch:\n")
+    print(side_by_side([f"{ROWS[language][0]}, {verdicts[language]}\n\n{programs[language]}"
+                        for language in ROWS]))
+    batch, alone = time_batch(engine, tokenizer, problems, ids)
+    print(f"\n{batch:.0f} tokens/s as one batch, {alone:.0f} one after another "
+          f"({torch.get_num_threads()} threads, medians of {ROUNDS})")
+    if args.png:
+        draw(args.png, task, programs, verdicts)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", type=int, default=17, help="which of the held-out tasks")
+    parser.add_argument("--png", metavar="FILE", help="draw it there")
+    demo(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_main(main)
