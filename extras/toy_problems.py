@@ -1,6 +1,7 @@
 """Make small programming problems in MultiPL-E's format, easy enough for the embedded model.
 
   python -m extras.toy_problems FOLDER
+  python -m extras.toy_problems FOLDER --more 60000     as many solved problems more, of each language
 
 A problem is a chain of two or three steps on a number, a string or a list ("Add 3, then square."),
 the function's body one line a step. Every language gets the same tasks. Split by task: the kinds of
@@ -8,14 +9,19 @@ steps of a held-out problem, in their order, occur in no training problem; each 
 every wording, does.
 
 Writes FOLDER/LANGUAGE.jsonl, the held-out problems (name, language, prompt, tests, stop_tokens, and
-canonical_solution), and FOLDER/LANGUAGE/NAME.txt, the solved problems to train on.
+canonical_solution), and FOLDER/LANGUAGE/NAME.txt, the solved problems to train on. --more writes
+FOLDER/more/LANGUAGE/NUMBER.txt instead, of PER_FILE problems each.
 """
+import argparse
 import json
 import os
 import random
-import sys
+
+from flora import BadInput
+from model import check_numbers, run_main
 
 TRAIN, TEST = 1500, 48   # tasks, a third of each type
+PER_FILE = 20            # solved problems of --more
 
 # type: {step: (wordings, what it does in Python)}; {c} is a number from 2 to 9, {t} a letter
 STEPS = {
@@ -140,6 +146,23 @@ def make_tasks():
     return held_out, train
 
 
+def more_tasks(n, seed=1):
+    """n further tasks to train on, as (type, task); none has the steps of a held-out one."""
+    held_out = {(kind, steps_of(task)) for kind, task in make_tasks()[0]}
+    rng, tasks = random.Random(seed), []
+    while len(tasks) < n:
+        kind, chain = rng.choice(list(STEPS)), []
+        for _ in range(rng.choice([2, 3, 3])):
+            chain.append(rng.choice([step for step in STEPS[kind] if step not in chain[-1:]]))
+        if (kind, tuple(chain)) not in held_out:
+            tasks.append((kind, make_task(rng, kind, chain)))
+    return tasks
+
+
+def steps_of(task):
+    return tuple(step for step, *_ in task)
+
+
 def apply(kind, task, x):
     """What the task makes of x."""
     for step, c, t, _ in task:
@@ -161,21 +184,51 @@ def render(language, kind, task, name):
         tests=form["tests"].format(cases="".join(cases)), stop_tokens=form["stop"])
 
 
-def main(folder):
+def solved(language, kind, task, name=""):
+    """A task and its solution, as a text to train on."""
+    problem = render(language, kind, task, name)
+    return problem["prompt"] + problem["canonical_solution"] + LANGUAGES[language]["close"]
+
+
+def write(folder):
+    """The held-out problems, and those to train on."""
     held_out, train = make_tasks()
-    for language, form in LANGUAGES.items():
-        os.makedirs(os.path.join(folder, language), exist_ok=True)
-        for i, (kind, task) in enumerate(train):
-            problem = render(language, kind, task, f"{i:04}")
-            with open(os.path.join(folder, language, f"{i:04}.txt"), "w") as f:
-                f.write(problem["prompt"] + problem["canonical_solution"] + form["close"])
+    for language in LANGUAGES:
+        write_texts(f"{folder}/{language}", [solved(language, *task) for task in train])
         with open(os.path.join(folder, f"{language}.jsonl"), "w") as f:
             for i, (kind, task) in enumerate(held_out):
-                name = f"{i:02}_{kind}_{'_'.join(step for step, *_ in task)}"
+                name = f"{i:02}_{kind}_{'_'.join(steps_of(task))}"
                 f.write(json.dumps(render(language, kind, task, name)) + "\n")
 
 
+def write_more(folder, n):
+    """n more solved problems of each language."""
+    tasks = more_tasks(n)
+    for language in LANGUAGES:
+        texts = [solved(language, *task) for task in tasks]
+        write_texts(f"{folder}/more/{language}", ["\n".join(texts[i:i + PER_FILE])
+                                                 for i in range(0, n, PER_FILE)])
+
+
+def write_texts(folder, texts):
+    os.makedirs(folder, exist_ok=True)
+    for i, text in enumerate(texts):
+        with open(os.path.join(folder, f"{i:04}.txt"), "w") as f:
+            f.write(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("--more", type=int, metavar="N", help="write N more to train on")
+    args = parser.parse_args()
+    check_numbers(args, at_least_1=["more"])
+    try:
+        write_more(args.folder, args.more) if args.more else write(args.folder)
+    except OSError as e:
+        raise BadInput(f"{args.folder}: cannot be written ({e.strerror})") from None
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    run_main(main)

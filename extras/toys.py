@@ -56,7 +56,7 @@ def make_problems(folder, languages):
     """Make the toy problems, unless they are there -> {language: its held-out problems}."""
     if not os.path.exists(folder):
         try:
-            toy_problems.main(f"{folder}.tmp")
+            toy_problems.write(f"{folder}.tmp")
             os.replace(f"{folder}.tmp", folder)
         except OSError as e:
             raise BadInput(f"{folder}: cannot be written ({e.strerror})") from None

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import flora
-from extras import passk, table1, toys
+from extras import passk, table1, toy_problems, toys
 from extras.languages import run_program
 from extras.tests.test_languages import needs
 from extras.tests.test_table1 import small_table, train_here
@@ -72,3 +72,14 @@ def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_l
         for problem in problems[::6]:
             program = f"{problem.prompt}{problem.solution}\n{problem.tests}"
             assert run_program(file.stem, program).outcome == "passed"
+
+
+def test_more_problems_to_train_on_have_the_steps_of_no_held_out_one(tmp_path):
+    held_out = {(kind, toy_problems.steps_of(task)) for kind, task in toy_problems.make_tasks()[0]}
+    tasks = toy_problems.more_tasks(500)
+    assert not held_out & {(kind, toy_problems.steps_of(task)) for kind, task in tasks}
+    toy_problems.write_more(tmp_path, 50)
+    files = sorted((tmp_path / "more" / "py").iterdir())
+    assert len(files) == 3   # of 20, 20 and 10 problems
+    assert files[0].read_text().count("def f(x):") == 20
+    assert files[0].read_text().startswith(toy_problems.solved("py", *tasks[0]))
