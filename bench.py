@@ -42,8 +42,8 @@ import flora
 from flora import BadInput, extra, write_json
 from generate import new_engine
 from model import (GPT, JSON, PNG, PRESETS, Tokenizer, add_common_flags, check_numbers,
-                   check_writable, get_device, model_from_config, preset, run_main, save_figure,
-                   write_each)
+                   check_writable, get_device, get_dtype, model_from_config, preset, run_main,
+                   save_figure, write_each)
 
 BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
@@ -626,7 +626,7 @@ def parse_args(argv=None):
     add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
     add("--plot", nargs="+", metavar="JSON",
         help="no measuring: draw the throughput of these results into --png (Fig. 3)")
-    add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
+    add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
     args = parser.parse_args(argv)
     check_args(args)
     return args
@@ -642,7 +642,7 @@ def check_args(args):
 
 
 def load_model(args):
-    device, dtype = get_device(args.device), getattr(torch, args.dtype)
+    device, dtype = get_device(args.device), get_dtype(args)
     if args.model:
         model = random_model(args, device, dtype)
     else:
@@ -650,7 +650,8 @@ def load_model(args):
     model.requires_grad_(False)
     model.set_attention(args.attention == "flash")
     if args.quantize:
-        extra("int8", "--quantize").quantize_int8(model)
+        int8 = extra("int8", f"--quantize {args.quantize}")
+        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
     return model
 
 

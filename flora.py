@@ -57,7 +57,7 @@ def flora_materialise(x, W0, A, B):
 
     x [..., d], W0 [d, k], A [r, k] (carrying the 1/r), B [r, d] -> [..., k] in x's dtype.
     """
-    delta_W = B.T @ A                                     # [d, k] = sum_j b_j a_jᵀ
+    delta_W = (A.T @ B).T                                 # [d, k] = sum_j b_j a_jᵀ, strides as W0
     return (x @ (W0 * delta_W).to(x.dtype)).to(x.dtype)   # the last cast is for autocast
 
 
@@ -90,19 +90,21 @@ def free_rank(requests, balance):
     return balance / requests
 
 
-# Cost of building W0 ∘ ΔW, in rows of the plain matmul; below it Eq. 6 is cheaper. CPU: measured
-# on 1024 x 1024 projections, 2 cores. CUDA: estimated from an H100's bandwidth and matmul rate.
-MATERIALISE_COST = {"cpu": 128, "cuda": 1024}
+# Cost of building W0 ∘ ΔW, in rows of the plain matmul, by device and bytes of a weight; below it
+# Eq. 6 is cheaper. CPU: measured at 768 to 6144 wide (142 to 297 rows, and 812 to 1,229), 2 cores.
+# Otherwise, as on CUDA: estimated from an H100's bandwidth and matmul rate.
+MATERIALISE_COST = {("cpu", 4): 256, ("cpu", 2): 1024}
+ESTIMATED_COST = 1024
 
 
 def choose_path(x, rank, ids):
     """"expand" (Eq. 6) or "materialise" (Eq. 4) for x [b, T, d], whichever takes fewer matmul rows.
 
-    An adapter with n tokens costs rank * n rows expanded, and n + MATERIALISE_COST materialised.
+    An adapter with n tokens costs rank * n rows expanded, n and MATERIALISE_COST materialised.
     Decoding (T = 1) always expands: counting distinct ids would make a GPU wait for the host.
     """
     b, T, _ = x.shape
-    cost = MATERIALISE_COST.get(x.device.type, MATERIALISE_COST["cuda"])
+    cost = MATERIALISE_COST.get((x.device.type, x.dtype.itemsize), ESTIMATED_COST)
     if T == 1 or (rank - 1) * b * T <= cost:
         return "expand"
     tokens_per_adapter = b * T / len(ids.unique())

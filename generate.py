@@ -21,7 +21,7 @@ import torch
 import flora
 from flora import BASE, BadInput
 from model import (GPT, JSON, Tokenizer, add_common_flags, check_numbers, check_writable,
-                   get_device, run_main, write_json)
+                   get_device, get_dtype, run_main, write_json)
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -480,11 +480,12 @@ def truncate(ids, room, bos_id):
 def load_model(args):
     """The model and the tokenizer that the flags name."""
     tokenizer = Tokenizer(args.weights)
-    device, dtype = get_device(args.device), getattr(torch, args.dtype)
+    device, dtype = get_device(args.device), get_dtype(args)
     model = GPT.from_pretrained(args.weights, device, dtype)
     model.set_attention(args.attention == "flash")
     if args.quantize:
-        flora.extra("int8", "--quantize int8").quantize_int8(model)
+        int8 = flora.extra("int8", f"--quantize {args.quantize}")
+        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
     return model, tokenizer
 
 
@@ -591,7 +592,7 @@ def parse_args(argv=None):
         help="admit requests only when all slots are empty")
     add("--compile", action="store_true", help="decode --requests with torch.compile")
     add("--attention", choices=["flash", "math"], default="flash")
-    add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
+    add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
     args = parser.parse_args(argv)
     check_args(parser, args)
     return args

@@ -303,10 +303,13 @@ class GPT(nn.Module):
 
     def set_attention(self, flash):
         """Choose F.scaled_dot_product_attention (True) or plain math (False): see `attend`."""
-        for block in self.blocks:
-            for part in block.children():
-                if isinstance(part, Attention):
-                    part.attend = partial(attend, flash=flash)
+        for attention in self.attentions():
+            attention.attend = attend if flash else partial(attend, flash=False)
+
+    def attentions(self):
+        """The Attention of each block."""
+        return [part for block in self.blocks for part in block.children()
+                if isinstance(part, Attention)]
 
     def pack(self):
         """Serve with packed weights where that is faster (extras/packed.py); not for training."""
@@ -766,9 +769,11 @@ def add_common_flags(parser, dtypes):
                         help="base model, a Hugging Face folder (default: the embedded one)")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
-                        help="default: bfloat16 on cuda, otherwise float32")
-    parser.add_argument("--quantize", choices=["int8"],
-                        help="hold the base's projections as int8, a scale per output")
+                        help="auto: the fastest here, if the script has it; "
+                             "default: bfloat16 on cuda, otherwise float32")
+    parser.add_argument("--quantize", choices=["int8", "int8-dynamic"],
+                        help="hold the base's projections as int8, a scale per output; dynamic: on "
+                             "an x86 CPU round what goes in as well, which is faster")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 
@@ -785,6 +790,15 @@ def check_numbers(args, at_least_1=(), at_least_0=(), above_0=()):
             range = "above 0" if flag in above_0 else f"of at least {least}"
             range = f"of at most {LARGEST}" if v > LARGEST else range
             raise BadInput(f"--{flag.replace('_', '-')} is {v}; use a {number} {range}")
+
+
+def get_dtype(args):
+    """--dtype as torch's. In the place of "auto" args keeps what extras/packed.py chose."""
+    if args.dtype == "auto":
+        packed = extra("packed", "--dtype auto")
+        args.dtype, why = packed.choose_dtype(get_device(args.device))
+        print(f"--dtype auto: {args.dtype}, {why}", file=sys.stderr)
+    return getattr(torch, args.dtype)
 
 
 def get_device(name):

@@ -553,7 +553,7 @@ def load_base(args, device, dtype):
 
 def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, **more):
     """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the report."""
-    if args.fast and loss is loss_of:
+    if args.fast:
         loss = flora.extra("fast", "--fast").speed_up(model, args)
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
     next_batch = partial(batch, data.tokens, args)
@@ -716,6 +716,8 @@ def check_args(args, error):
         error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
     if args.plot and not args.out:
         error("--plot draws a PNG; name it with --out")
+    if args.from_lora and args.fast:
+        error("--fast is for a loss on text, not for --from-lora's; leave it out")
     if args.from_lora and args.targets:
         error("--from-lora takes the LoRA's targets; leave out --targets")
 

@@ -12,7 +12,7 @@
 - `CausalAttention`: in bfloat16, attention by plain matmuls, which torch's fused one for CPUs runs
   at half of their speed.
 
-For one process on a CPU, without --compile. What it gains: RESULTS.md.
+For one process on a CPU, without --compile. extras/peers_training.py measures what it gains.
 """
 import ctypes
 from functools import partial
@@ -22,6 +22,7 @@ from torch.autograd import Function
 
 import flora
 import model as plain
+from extras.packed import pack_weight, times_packed
 from flora import BadInput
 from train import WORLD
 
@@ -37,11 +38,9 @@ def speed_up(model, args):
     keep_memory()
     dtype = getattr(torch, args.dtype)
     if dtype == torch.bfloat16:
-        replace_attention(model)
-    form = BothWays(dtype)
-    for _, layer in flora.adapter_layers(model):
-        if type(layer.form) is flora.Plain and not layer.weight.requires_grad:
-            layer.form = form
+        for attention in model.attentions():
+            attention.attend = attend
+    pack_both_ways(model, dtype)
     return partial(loss_of, dtype)
 
 
@@ -57,27 +56,17 @@ def keep_memory():
 # ------------------------------------------------------------------------------ frozen projections
 
 
-def pack(weight):
-    """weight [k, d] -> the same for `times`."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-
-
-def times(x, packed, bias=None):
-    """x [..., d], a packed weight [k, d] -> x weightᵀ + bias [..., k] in the weight's dtype."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
 class FrozenLinear(Function):
     """x [..., d] -> x W0 + bias, differentiable in x alone."""
 
     @staticmethod
     def forward(ctx, x, weight, transposed, bias):
         ctx.transposed, ctx.dtype = transposed, x.dtype
-        return times(x.to(weight.dtype), weight, bias)
+        return times_packed(x.to(weight.dtype), weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = times(grad.to(ctx.transposed.dtype), ctx.transposed)
+        grad = times_packed(grad.to(ctx.transposed.dtype), ctx.transposed)
         return grad.to(ctx.dtype), None, None, None
 
 
@@ -91,9 +80,17 @@ class BothWays(flora.Plain):
         columns = (layer, lo, hi)
         if columns not in self.packed:
             weight = layer.weight.detach()[lo:hi].to(self.dtype)
-            self.packed[columns] = pack(weight), pack(weight.T)
+            self.packed[columns] = pack_weight(weight), pack_weight(weight.T)
         bias = None if bias is None else bias.to(self.dtype)
         return FrozenLinear.apply(x, *self.packed[columns], bias)
+
+
+def pack_both_ways(model, dtype):
+    """Hold the frozen projections of a model that are held plainly as BothWays."""
+    form = BothWays(dtype)
+    for _, layer in flora.adapter_layers(model):
+        if type(layer.form) is flora.Plain and not layer.weight.requires_grad:
+            layer.form = form
 
 
 # ---------------------------------------------------------------------------------------- the loss
@@ -111,8 +108,8 @@ class OutputLoss(Function):
         low = E.detach().to(dtype)
         if ctx.needs_input_grad[1]:
             grad_E = torch.zeros_like(E)
-        for rows in torch.arange(len(x)).split(ROWS):
-            rows = slice(rows[0], rows[-1] + 1)
+        for start in range(0, len(x), ROWS):
+            rows = slice(start, start + ROWS)
             part = x[rows].to(dtype)
             logits = (part @ low.T).float()                                   # [ROWS, vocab]
             log_sum = logits.logsumexp(-1, keepdim=True)
@@ -139,13 +136,6 @@ def loss_of(dtype, model, x, y, adapter_ids):
 
 
 # --------------------------------------------------------------------------------------- attention
-
-
-def replace_attention(model):
-    for block in model.blocks:
-        for part in block.children():
-            if isinstance(part, plain.Attention):
-                part.attend = attend
 
 
 def attend(q, k, v, mask=None):

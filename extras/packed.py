@@ -1,14 +1,28 @@
-"""W0 packed for oneDNN: faster decoding on a CPU in float32, at the cost of a second copy of W0.
+"""W0 packed for oneDNN: faster decoding on a CPU, at the cost of a second copy of W0.
 
-PyTorch's CPU matmul (MKL) repacks W0 in each call and keeps to AVX2 on an AMD CPU; a W0 packed
-once spares the few rows of a decoding step that work where d and k are large. generate.py and
-bench.py serve with it by default (GPT.pack). Training, gradients and torch.compile use the plain
-product. The operators, torch.ops.mkldnn, are not a public interface of PyTorch.
+  python generate.py --dtype auto --prompt 'def f('       bfloat16 where this processor gains by it
+
+PyTorch's CPU matmul repacks W0 in each call, and in float32 (MKL) keeps to AVX2 on an AMD CPU; a W0
+packed once spares the few rows of a decoding step that work where d and k are large. generate.py
+and bench.py serve with it by default (GPT.pack), in float32, and in bfloat16 where the processor
+computes in it. Training, gradients and torch.compile use the plain product. The operators,
+torch.ops.mkldnn, are not a public interface of PyTorch.
 """
 import torch
 import torch.nn.functional as F
 
 from flora import Plain, adapter_layers
+from model import attend
+
+
+def pack_weight(weight):
+    """weight [k, d] -> the same as oneDNN wants it, for times_packed."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def times_packed(x, weight, bias=None):
+    """x [..., d], a packed or plain weight [k, d] of its dtype -> x weightᵀ + bias [..., k]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Copies(dict):
@@ -21,7 +35,7 @@ class Copies(dict):
 
 class PackedLinear:
     """F.linear(x, weight[lo:hi], bias) by packed copies of one weight, made at first use and again
-    when it has changed."""
+    when it has changed. A subclass may pack and multiply otherwise (extras/int8.py)."""
 
     def __init__(self):
         self.copies = Copies()
@@ -32,9 +46,15 @@ class PackedLinear:
         now = weight.data_ptr(), weight._version
         held, then, packed = self.copies.get((lo, hi), (None, None, None))
         if held is not weight or then != now:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach()[lo:hi], None)
+            packed = self.pack(weight.detach(), lo, hi)
             self.copies[lo, hi] = weight, now, packed
-        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return self.times(x, packed, bias)
+
+    def pack(self, weight, lo, hi):
+        return pack_weight(weight[lo:hi])
+
+    def times(self, x, packed, bias):
+        return times_packed(x, packed, bias)
 
 
 class Packed(Plain):
@@ -48,11 +68,42 @@ class Packed(Plain):
         return self.linear(x, layer.weight, bias, lo, hi)
 
 
+def attend_to_cache(q, k, v, mask=None):
+    """model.attend, with one token, q [B, H, 1, D], by torch's fused attention: the query heads of a
+    key head are its rows, so that keys and values are not copied. Not for float16, where the fused
+    one takes an overflow for a masked key."""
+    B, H, T, D = q.shape
+    if T > 1 or mask is None:
+        return attend(q, k, v, mask)
+    q = q.reshape(B, k.shape[1], -1, D)                                       # [B, K, H / K, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).view(B, H, 1, D)
+
+
+def computes_bfloat16():
+    """Whether this processor multiplies in bfloat16 (AVX512_BF16; those with AMX have it too).
+    Elsewhere a bfloat16 weight is widened in each product, and float32 is the faster one."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_dtype(device):
+    """--dtype auto: the fastest dtype to serve in on a torch.device, and why."""
+    if device.type != "cpu":
+        return "bfloat16", f"as this is {device.type}"
+    if computes_bfloat16():
+        return "bfloat16", "as this processor multiplies in it (AVX512_BF16)"
+    return "float32", "as this processor does not multiply in bfloat16 (AVX512_BF16)"
+
+
 def pack(model):
-    """Serve with packed weights where that is faster: on a CPU, in float32, W0 held plainly."""
+    """Serve with packed weights and attend_to_cache where that is faster: on a CPU, in a dtype that
+    it computes in, W0 and the output embedding held plainly, attention not by plain math."""
     weight = model.wte.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    dtypes = [torch.float32, torch.bfloat16] if computes_bfloat16() else [torch.float32]
+    if weight.device.type != "cpu" or weight.dtype not in dtypes:
         return
+    for attention in model.attentions():
+        if attention.attend is attend:
+            attention.attend = attend_to_cache
     if not torch.backends.mkldnn.is_available() or isinstance(model.times_output, PackedLinear):
         return
     model.times_output = PackedLinear()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import flora
 import generate
 from flora import BASE, BadInput, open_output, stands
-from model import adapter_digest, base_digest, check_writable, difference, locked
+from model import adapter_digest, base_digest, check_writable, difference, get_dtype, locked
 
 KEYS = {   # {key of a request: its type}
     "prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
@@ -281,6 +281,7 @@ def serve(args):
     defaults["adapter"] = args.adapter[0] if args.adapter else "none"
     requests = read_requests(args.requests, defaults)
     check_writable(args.results, "--results", make_folder=True)
+    get_dtype(args)   # auto becomes a dtype, which the results name
     with locked(args.results, "--results"):
         made = made_with(args, requests)
         finished = resume_results(args.results, requests, made)

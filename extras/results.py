@@ -123,10 +123,67 @@ def rates(data):
     return markdown(["", "best", "held-out bits per byte at each rate"], lines)
 
 
+# ------------------------------------------------------------------------------ results of whisper
+
+
+def speech(data):
+    """Error rates in percent, mean ± standard deviation over the seeds, a table for each language."""
+    tables = []
+    for language, methods in data["table"].items():
+        base = data["base"][language]
+        lines = [["base", "", "", f"{base['wer']:.1f}", f"{base['wer_normalised']:.1f}",
+                  f"{base['cer']:.1f}", ""]]
+        for method, row in methods.items():
+            cells = [f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}"
+                     for key in ("wer", "wer_normalised", "cer")]
+            lines.append([method, f"{data['rates'][method]:g}", f"{row['parameters']:,}", *cells,
+                          f"{row['seconds']['mean']:.0f}"])
+        seeds = len(next(iter(methods.values()))["wer"]["seeds"])
+        tables.append(f"{language}: {base['clips']} clips, {base['words']} words; {data['steps']} "
+                      f"steps of {data['batch_size']} clips, {data['dtype']}, {seeds} seeds\n\n" +
+                      markdown(["", "rate", "parameters", "raw WER", "normalised WER", "CER",
+                                "training, s"], lines))
+    return "\n\n".join(tables)
+
+
+# ----------------------------------------------------------------- results of the peers' programs
+
+
+def training(data):
+    """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory."""
+    lines = [[f"{row['name']}, {row['dtype']}", speed(row), f"{row['ratio']:.2f}",
+              f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"] for row in data["rows"]]
+    return markdown(["", "tokens/s", "of PEFT's LoRA", "peak memory"], lines)
+
+
+def engine(data):
+    """extras/bench_engine.py: tokens/s, a step in milliseconds, and the shares of its operators."""
+    parts = list(data["rows"][0]["parts"])
+    lines = [[row["name"], speed(row), f"{row['ratio']:.2f}", f"{row['prefill_ms']:.0f}",
+              f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in parts)]
+             for row in data["rows"]]
+    return markdown(["", "tokens/s", "of the first", "prefill ms", "step ms", *parts], lines)
+
+
+def peers(data):
+    """Tokens/s of each engine's rows, beside our base in float32 of the same round."""
+    lines = [[row["engine"], row["what"], row["dtype"], speed(row), f"{row['ratio_to_base']:.2f}",
+              f"{row['same_tokens']:.4g} of {data['new']}"] for row in data["rows"]]
+    head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
+            "first tokens as in transformers, float32"]
+    versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
+    return (f"{data['model']}'s shape, random weights, {data['requests']} requests of {data['prompt']} + "
+            f"{data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:\n\n"
+            + markdown(head, lines))
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
 TABLES = {   # name in the text: (file in extras/results/, what makes the table of it)
+    "fig2-throughput": ("fig2_1b.json", throughput),
+    "fig2-shares": ("fig2_1b.json", throughput_shares),
+    "fig2-latency": ("fig2_1b.json", latency),
 }
 
 

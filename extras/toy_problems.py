@@ -225,7 +225,10 @@ def main():
     args = parser.parse_args()
     check_numbers(args, at_least_1=["more"])
     try:
-        write_more(args.folder, args.more) if args.more else write(args.folder)
+        if args.more:
+            write_more(args.folder, args.more)
+        else:
+            write(args.folder)
     except OSError as e:
         raise BadInput(f"{args.folder}: cannot be written ({e.strerror})") from None
 

@@ -177,7 +177,8 @@ def speed(args, shared):
     turns, and medians [lowest, highest] are shown."""
     with tempfile.TemporaryDirectory() as folder:
         words = random_words(folder)
-        flags = ["--steps", "6", "--eval-tokens", "500", "--keep-duplicates", *shared]
+        flags = ["--steps", "6", "--eval-every", "1000", "--eval-tokens", "500",
+                 "--keep-duplicates", *shared]   # nothing is held out between the steps timed
         cases, seen = list(itertools.product(args.rows, [1, *args.speed])), {}
         for case in cases * args.repeats:
             seen.setdefault(case, []).append(measure(*case, words, flags, folder))
@@ -255,6 +256,8 @@ def runs_of(args, shared):
         if runs[name].adapter == "none" or runs[name].from_lora or runs[name].compile:
             raise BadInput("extras.train_many trains adapters; --adapter none, --from-lora and "
                            "--compile are train.py's alone")
+        if runs[name].fast:
+            raise BadInput("extras.train_many has its own loss; --fast is train.py's alone")
     if train.WORLD > 1:
         raise BadInput("extras.train_many runs in one process; use train.py under torchrun")
     return runs

@@ -1,8 +1,8 @@
 """Damaged files and impossible flags: a right result or a BadInput, nothing else.
 
-Seeded and bounded. A mutation replaces, removes or adds one value of JSON, cuts or changes bytes, or
-puts a folder or a pipe in the place of a file. Nothing may end in another exception, take longer
-than a few seconds or more memory than HEADROOM.
+Seeded and bounded. A mutation replaces or removes one value of JSON, cuts or changes bytes, or puts
+a folder or a pipe in the place of a file. Nothing may end in another exception, take longer than a
+few seconds or more memory than HEADROOM.
 """
 import argparse
 import contextlib
@@ -29,11 +29,11 @@ from extras.passk import read_problems
 from extras.peft import save_peft
 from flora import BadInput
 from model import GPT, Tokenizer, run_main
-from test_flora import FIXTURES, TINY, random_adapter, tiny_flags, tiny_model
+from test_flora import FIXTURES, TINY, random_adapter, tiny_flags, tiny_model, write_jsonl
 
 HEADROOM = 4 << 30   # bytes of address space beyond what the process has
-VALUES = [None, True, False, -1, 0, 0.5, 3, 10**9, 10**20, 1e400, float("nan"), "", "x", "0", [], {}, [None],
-          [[]], {"a": 1}, ["c_attn"], -10**400, "\x00", "../x"]
+VALUES = [None, True, False, -1, 0, 0.5, 3, 10**9, 10**20, 1e400, float("nan"), "", "x", "0",
+          [], {}, [None], [[]], {"a": 1}, ["c_attn"], -10**400, "\x00", "../x"]
 DEEP = "[" * 100_000
 
 
@@ -109,9 +109,10 @@ def damage(file, rng):
             file.write_text("\n".join(lines), encoding="utf-8")
     elif file.suffix == ".pt" and rng.random() < 0.8:
         checkpoint = torch.load(file, weights_only=True)
-        node = rng.choice([checkpoint, checkpoint["args"], checkpoint["log"][0], checkpoint["trained"],
-                           checkpoint["optimizer"]])
-        node[rng.choice(list(node))] = rng.choice([*VALUES, torch.ones(3), torch.ones(2, 3) * float("nan")])
+        node = rng.choice([checkpoint, checkpoint["args"], checkpoint["log"][0],
+                           checkpoint["trained"], checkpoint["optimizer"]])
+        value = rng.choice([*VALUES, torch.ones(3), torch.ones(2, 3) * float("nan")])
+        node[rng.choice(list(node))] = value
         torch.save(checkpoint, file)
     elif file.suffix == ".safetensors" and rng.random() < 0.5:
         damage_tensors(file, rng)
@@ -120,7 +121,7 @@ def damage(file, rng):
 
 
 def damage_tensors(file, rng):
-    """Another type, shape or value of one tensor, or other metadata, in a file that is well formed."""
+    """Another type, shape or value of one tensor, or other metadata, in a well-formed file."""
     from safetensors import safe_open
     with safe_open(file, "pt") as f:
         metadata = dict(f.metadata() or {})
@@ -131,10 +132,18 @@ def damage_tensors(file, rng):
         name = rng.choice(sorted(tensors))
         tensor = tensors.pop(name)
         change = rng.choice([
-            lambda: {name: tensor.int()}, lambda: {name: tensor > 0}, lambda: {name: tensor.to(torch.complex64)},
-            lambda: {name: tensor.to(torch.float8_e4m3fn)}, lambda: {name: tensor * float("nan")},
-            lambda: {name: tensor * float("inf")}, lambda: {name: tensor[:1]}, lambda: {}, lambda: {name: tensor[None]},
-            lambda: {name: torch.zeros(0)}, lambda: {name + "x": tensor}, lambda: {name: tensor.half()}])
+            lambda: {name: tensor.int()},
+            lambda: {name: tensor > 0},
+            lambda: {name: tensor.to(torch.complex64)},
+            lambda: {name: tensor.to(torch.float8_e4m3fn)},
+            lambda: {name: tensor * float("nan")},
+            lambda: {name: tensor * float("inf")},
+            lambda: {name: tensor[:1]},
+            lambda: {},
+            lambda: {name: tensor[None]},
+            lambda: {name: torch.zeros(0)},
+            lambda: {name + "x": tensor},
+            lambda: {name: tensor.half()}])
         tensors |= change()
     save_file({name: t.contiguous() for name, t in tensors.items()}, file, metadata or None)
 
@@ -142,12 +151,14 @@ def damage_tensors(file, rng):
 def load_folder(folder):
     model = GPT.from_pretrained(folder)
     tokenizer = Tokenizer(folder)
-    generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=2, eos_id=tokenizer.eos_ids)
+    prompt = tokenizer.encode("def f(")
+    generate.generate(model, [prompt], max_new_tokens=2, eos_id=tokenizer.eos_ids)
 
 
 def make_adapter_file(folder):
     model = tiny_model()
-    flora.save_adapter(model, random_adapter(model, "flora", 2), folder / "a.safetensors", {"steps": 3})
+    adapter_id = random_adapter(model, "flora", 2)
+    flora.save_adapter(model, adapter_id, folder / "a.safetensors", {"steps": 3})
 
 
 def make_peft_folder(folder):
@@ -165,8 +176,12 @@ def make_sharded(folder):
 
 
 def make_run(folder):
-    report = {"adapter": "flora", "rank": 1, "trainable_parameters": 9, "log": [{"step": 0, "heldout_loss": 1.5}]}
+    log = [{"step": 0, "heldout_loss": 1.5}]
+    report = {"adapter": "flora", "rank": 1, "trainable_parameters": 9, "log": log}
     (folder / "log.json").write_text(json.dumps(report))
+
+
+MADE_WITH = {"base": "b", "steps": 3, "rank": 1}   # what the run of the checkpoint was given
 
 
 def make_checkpoint(folder):
@@ -176,12 +191,12 @@ def make_checkpoint(folder):
     optimizer.step()
     log = [{"step": 0, "loss": None, "heldout_loss": 2.0, "seconds": 0.0}]
     torch.save(dict(step=1, trained=parameters, optimizer=optimizer.state_dict(), log=log,
-                    args={"base": "b", "steps": 3, "rank": 1}), folder / "checkpoint.pt")
+                    args=MADE_WITH), folder / "checkpoint.pt")
 
 
 def resume(folder):
     parameters = {"h.0.A": torch.nn.Parameter(torch.zeros(2, 3))}
-    args = argparse.Namespace(out=str(folder), resume=True, made_with={"base": "b", "steps": 3, "rank": 1})
+    args = argparse.Namespace(out=str(folder), resume=True, made_with=MADE_WITH)
     checkpoint = train.open_checkpoint(args)
     if checkpoint:
         train.check_same(checkpoint, args)
@@ -189,13 +204,15 @@ def resume(folder):
 
 
 def make_lines(folder):
-    lines = [{"prompt": "def f(", "adapter": "none", "max_new_tokens": 3, "stop": ["x"]}, {"prompt": "a", "seed": 4}]
+    lines = [{"prompt": "def f(", "adapter": "none", "max_new_tokens": 3, "stop": ["x"]},
+             {"prompt": "a", "seed": 4}]
     (folder / "in.json").write_text("\n".join(map(json.dumps, lines)))
 
 
 def use_lines(folder):
     """Requests that name what is impossible fail alone; a file that is none is a BadInput."""
     out = folder / "out.jsonl"
+    out.unlink(missing_ok=True)   # earlier results would be compared, and nothing run
     argv = ["--weights", str(TINY), "--requests", str(folder / "in.json"), "--results", str(out)]
     args = generate.parse_args(argv)
     flora.extra("requests", "--requests").serve(args)
@@ -203,13 +220,15 @@ def use_lines(folder):
 
 
 def make_results(folder):
-    (folder / "requests.jsonl").write_text('{"prompt": "a", "max_new_tokens": 2}\n{"prompt": "b", "max_new_tokens": 2}\n')
+    write_jsonl(folder / "requests.jsonl", [
+        {"prompt": "a", "max_new_tokens": 2}, {"prompt": "b", "max_new_tokens": 2}])
     use_results(folder, folder / "out.json")
 
 
 def use_results(folder, out=None):
     out = out or folder / "out.json"
-    argv = ["--weights", str(TINY), "--requests", str(folder / "requests.jsonl"), "--results", str(out)]
+    file = folder / "requests.jsonl"
+    argv = ["--weights", str(TINY), "--requests", str(file), "--results", str(out)]
     args = generate.parse_args(argv)
     flora.extra("requests", "--requests").serve(args)
     assert {json.loads(line)["line"] for line in out.read_text().splitlines()} == {1, 2}
@@ -222,7 +241,8 @@ def make_conversations(folder):
 
 
 def make_bench_result(folder):
-    rows = [dict(mode="throughput", baseline=name, rank=rank, tokens_per_second=9.0 + rank, request_rate=None)
+    rows = [dict(mode="throughput", baseline=name, rank=rank, tokens_per_second=9.0 + rank,
+                 request_rate=None)
             for name in ("flora", "lora-token") for rank in (1, 2)]
     (folder / "bench.json").write_text(json.dumps(dict(
         rows=rows, model={"name": "m"}, workload={"ranks": [1, 2]},
@@ -230,22 +250,26 @@ def make_bench_result(folder):
 
 
 def make_problems(folder):
-    (folder / "p.json").write_text(json.dumps([{
-        "name": "a", "language": "py", "prompt": "def f():\n", "tests": "assert f()", "stop_tokens": ["x"]}]))
+    problem = {"name": "a", "language": "py", "prompt": "def f():\n", "tests": "assert f()",
+               "stop_tokens": ["x"]}
+    (folder / "p.json").write_text(json.dumps([problem]))
 
 
 KINDS = {   # of files: how a folder of them is made, and used
     "a StarCoder folder": (lambda f: shutil.copytree(TINY, f, dirs_exist_ok=True), load_folder),
-    "a Llama folder": (lambda f: shutil.copytree(FIXTURES / "tiny_llama3", f, dirs_exist_ok=True), load_folder),
+    "a Llama folder": (
+        lambda f: shutil.copytree(FIXTURES / "tiny_llama3", f, dirs_exist_ok=True), load_folder),
     "shards and an index": (make_sharded, load_folder),
-    "an adapter": (make_adapter_file, lambda f: flora.load_adapter(tiny_model(), f / "a.safetensors")),
+    "an adapter": (
+        make_adapter_file, lambda f: flora.load_adapter(tiny_model(), f / "a.safetensors")),
     "a PEFT folder": (make_peft_folder, lambda f: flora.load_adapter(tiny_model(), f)),
     "a report of a run": (make_run, lambda f: flora.extra("curves", "--plot").plot(
         [str(f / "log.json")], str(f / "plot.png"))),
     "a checkpoint": (make_checkpoint, resume),
     "requests": (make_lines, use_lines),
     "results": (make_results, use_results),
-    "conversations": (make_conversations, lambda f: dataset_prompts(str(f / "shared.json"), 2, 0, None)),
+    "conversations": (
+        make_conversations, lambda f: dataset_prompts(str(f / "shared.json"), 2, 0, None)),
     "a result of bench.py": (make_bench_result, lambda f: draw_together(
         [str(f / "bench.json")], str(f / "plot.png"))),
     "problems": (make_problems, lambda f: read_problems(str(f / "p.json"))),
@@ -262,7 +286,8 @@ def test_damaged_files_give_a_right_result_or_one_sentence(what, tmp_path):
     for i in range(60):
         folder = tmp_path / f"bad{i}"
         shutil.copytree(tmp_path / "good", folder)
-        file = rng.choice(sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".pt")))
+        read = [f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".pt")]
+        file = rng.choice(sorted(read))
         damage(file, rng)
         with bounded():
             try:
@@ -274,26 +299,31 @@ def test_damaged_files_give_a_right_result_or_one_sentence(what, tmp_path):
         shutil.rmtree(folder)
 
 
-FLAG_VALUES = ["-1", "0", "nan", "inf", "-inf", "1e400", "x", "", "99999999999999999999", "1e-400", "0.5"]
+FLAG_VALUES = ["-1", "0", "nan", "inf", "-inf", "1e400", "x", "", "99999999999999999999", "1e-400",
+               "0.5"]
 FLAGS = {
-    train: ["--rank", "--batch-size", "--grad-accum", "--block-size", "--lr", "--warmup", "--clip", "--seed",
-            "--eval-every", "--eval-tokens", "--alpha", "--targets", "--adapter", "--device", "--dtype", "--n-head"],
-    generate: ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--slots", "--max-batched-tokens",
-               "--adapter", "--prompt-file", "--weights", "--suffix"],
-    bench: ["--ranks", "--rows", "--num-requests", "--scale", "--num-adapters", "--slots", "--max-batched-tokens",
-            "--request-rate", "--repeats", "--seed", "--mode"],
+    train: ["--rank", "--batch-size", "--grad-accum", "--block-size", "--lr", "--warmup", "--clip",
+            "--seed", "--eval-every", "--eval-tokens", "--alpha", "--targets", "--adapter",
+            "--device", "--dtype", "--n-head"],
+    generate: ["--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--slots",
+               "--max-batched-tokens", "--adapter", "--prompt-file", "--weights", "--suffix"],
+    bench: ["--ranks", "--rows", "--num-requests", "--scale", "--num-adapters", "--slots",
+            "--max-batched-tokens", "--request-rate", "--repeats", "--seed", "--mode"],
 }
 SMALL = {
     train: lambda folder, out: tiny_flags(folder, out, "--steps", 1),
-    generate: lambda folder, out: ["--weights", str(folder), "--prompt", "a", "--max-new-tokens", "2"],
-    bench: lambda folder, out: ["--weights", str(folder), "--ranks", "1", "--num-requests", "2", "--scale", "0.02",
-                                "--num-adapters", "1", "--slots", "1", "--repeats", "1", "--rows", "ia3", "--mode",
-                                "throughput", "--json", f"{out}.json", "--png", f"{out}.png"],
+    generate: lambda folder, out: [
+        "--weights", str(folder), "--prompt", "a", "--max-new-tokens", "2"],
+    bench: lambda folder, out: [
+        "--weights", str(folder), "--ranks", "1", "--num-requests", "2", "--scale", "0.02",
+        "--num-adapters", "1", "--slots", "1", "--repeats", "1", "--rows", "ia3",
+        "--mode", "throughput", "--json", f"{out}.json", "--png", f"{out}.png"],
 }
 
 
 @pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
-def test_impossible_flags_give_a_right_result_or_one_sentence(script, tiny_folder, tmp_path, monkeypatch, capsys):
+def test_impossible_flags_give_a_right_result_or_one_sentence(
+        script, tiny_folder, tmp_path, monkeypatch, capsys):
     rng = random.Random(script.__name__)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(bench, "measure_limits", lambda *_: (1e10, 1e11))   # seconds, each time
@@ -307,6 +337,7 @@ def test_impossible_flags_give_a_right_result_or_one_sentence(script, tiny_folde
                     run_main(script.main)
                 except SystemExit as e:
                     error = capsys.readouterr().err
-                    assert e.code == 2 and "error: " in error.splitlines()[-1], f"{flag} {value}: {e.code} {error}"
+                    told = f"{flag} {value}: {e.code} {error}"
+                    assert e.code == 2 and "error: " in error.splitlines()[-1], told
                 except Exception as e:
                     raise AssertionError(f"{flag} {value}: {type(e).__name__}: {e}") from e

@@ -74,6 +74,7 @@ def test_distillation_teaches_the_loras_predictions_without_labels(tiny_folder, 
 @pytest.mark.parametrize("flags,sentence", [
     ("--adapter ia3 --from-lora x", "--from-lora makes a FLoRA; it does not go with --adapter ia3"),
     ("--targets c_fc --from-lora x", "--from-lora takes the LoRA's targets; leave out --targets"),
+    ("--fast --from-lora x", "--fast is for a loss on text, not for --from-lora's; leave it out"),
     ("--from-lora {empty}/x", "x: no such adapter file"),
     ("--from-lora {flora1} --weights {base}",
      "adapter 1 is of kind flora; a FLoRA is fitted to a LoRA"),

@@ -1,4 +1,7 @@
-"""PEFT's folders, against golden values of PEFT 0.21 that fixtures/make_golden.py made; merged folders."""
+"""PEFT's folders, against golden values of PEFT 0.21 that fixtures/make_golden.py made.
+
+Also folders of merged models.
+"""
 import json
 import os
 import re
@@ -27,10 +30,12 @@ def name(request):
 
 PEFT_CONFIG = {
     "lora": dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=8, bias="none",
-                 lora_dropout=0.1, use_dora=False, modules_to_save=None, rank_pattern={}, qalora_group_size=16),
+                 lora_dropout=0.1, use_dora=False, modules_to_save=None, rank_pattern={},
+                 qalora_group_size=16),
     "ia3": dict(peft_type="IA3", task_type="CAUSAL_LM", init_ia3_weights=True),
-    "hira": dict(peft_type="HIRA", task_type="CAUSAL_LM", r=2, hira_dropout=0.1, init_weights="gaussian",
-                 fan_in_fan_out=False, modules_to_save=None, rank_pattern={})}
+    "hira": dict(peft_type="HIRA", task_type="CAUSAL_LM", r=2, hira_dropout=0.1,
+                 init_weights="gaussian", fan_in_fan_out=False, modules_to_save=None,
+                 rank_pattern={})}
 PEFT_MODULES = {  # PEFT's defaults, by family
     "lora": [["c_attn"], ["q_proj", "v_proj"]],
     "hira": [["c_attn"], ["q_proj", "v_proj"]],
@@ -40,11 +45,14 @@ PEFT_MODULES = {  # PEFT's defaults, by family
 def peft_config(kind, keys):
     """What PEFT wrote beside the tensors of these names."""
     modules = PEFT_MODULES[kind]["self_attn" in "".join(keys)]
-    return PEFT_CONFIG[kind] | dict(target_modules=modules) | (dict(feedforward_modules=modules[:1]) if kind == "ia3" else {})
+    config = PEFT_CONFIG[kind] | dict(target_modules=modules)
+    if kind == "ia3":
+        config["feedforward_modules"] = modules[:1]
+    return config
 
 
 def peft_folder(folder, kind, golden, prefix=None, **changes):
-    """The PEFT adapter that `golden` holds, as a folder of PEFT's. changes: of its adapter_config.json."""
+    """The PEFT adapter in `golden` as a folder of PEFT's. changes: of its adapter_config.json."""
     folder.mkdir(exist_ok=True)
     prefix = f"{prefix or kind}:"
     tensors = {key.removeprefix(prefix): t for key, t in golden.items() if key.startswith(prefix)}
@@ -84,7 +92,7 @@ def test_mixed_batch_equals_hugging_face_and_peft_row_by_row(tiny, golden, tmp_p
     assert_within_1e_5(ours[:, 4], golden["flora_logits"])
 
 
-# ------------------------------------------------------------------------------- HiRA, and FLoRA as HiRA
+# ------------------------------------------------------------------------ HiRA, and FLoRA as HiRA
 
 
 def golden_flora(model, golden):
@@ -95,7 +103,8 @@ def golden_flora(model, golden):
     return adapter_id
 
 
-def test_a_flora_written_for_peft_is_the_hira_that_peft_ran_and_comes_back_bit_for_bit(tiny, golden, tmp_path):
+def test_a_flora_written_for_peft_is_the_hira_that_peft_ran_and_comes_back_bit_for_bit(
+        tiny, golden, tmp_path):
     """fixtures/make_golden.py gave PEFT the same HiRA and kept its logits."""
     adapter_id, ids = golden_flora(tiny, golden), golden["ids"]
     shown = golden["flora_logits"].shape[1]
@@ -103,7 +112,8 @@ def test_a_flora_written_for_peft_is_the_hira_that_peft_ran_and_comes_back_bit_f
     save_peft(tiny, adapter_id, tmp_path / "out")
     theirs = peft_folder(tmp_path / "theirs", "hira", golden, "flora_as_hira", r=4)
     ours, wanted = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "out", theirs))
-    assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("HIRA", 4)
     for folder in (tmp_path / "out", theirs):
@@ -112,8 +122,9 @@ def test_a_flora_written_for_peft_is_the_hira_that_peft_ran_and_comes_back_bit_f
 
 
 def assert_same_factors(model, one, other, rank):
-    """Bit for bit: B and A / r, which is what FLoRA runs; A too where dividing by r loses no bit."""
-    for a, b in zip(*(flora.adapters_of(model, i).values() for i in (one, other))):
+    """Bit for bit: B and A / r, which FLoRA runs; A too where dividing by r loses no bit."""
+    both = (flora.adapters_of(model, i).values() for i in (one, other))
+    for a, b in zip(*both, strict=True):
         assert a.kind == b.kind == "flora" and a.rank == b.rank == rank
         assert torch.equal(a.B, b.B) and torch.equal(a.A / rank, b.A / rank)
         assert torch.equal(a.A, b.A) or rank not in (1, 2, 4)
@@ -132,7 +143,8 @@ def test_a_flora_survives_peft_bit_for_bit_at_any_rank(rank, tmp_path):
 @pytest.mark.parametrize("kind,rank", [("hira", 1), ("hira", 3), ("flora", 2)])
 @pytest.mark.parametrize("target", ["c_attn.qk", "c_attn.k"])
 def test_some_columns_are_written_for_peft_as_ones_outside(kind, rank, target, tmp_path):
-    """PEFT computes W0 ∘ (1 + hira_B hira_A) of what is written; it comes back as a HiRA of all columns."""
+    """PEFT computes W0 ∘ (1 + hira_B hira_A) of what is written; here it comes back as a HiRA of
+    all columns."""
     model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
     wanted = model(ids, torch.tensor([random_adapter(model, kind, rank, [target])] * 2))
     save_peft(model, 1, tmp_path)
@@ -153,15 +165,17 @@ def test_some_columns_are_written_for_peft_as_ones_outside(kind, rank, target, t
 
 @pytest.mark.parametrize("slots", [40, 7])
 def test_32_hiras_from_peft_run_in_one_continuous_batch_each_as_peft_ran_it_alone(slots, tmp_path):
-    """Beside FLoRA, LoRA, IA3 and the base. PEFT 0.21 has no mixed batch for HiRA: golden_hira32 holds 32
-    single runs."""
+    """Beside FLoRA, LoRA, IA3 and the base. PEFT 0.21 has no mixed batch for HiRA: golden_hira32
+    holds 32 single runs."""
     model, golden = GPT.from_pretrained(TINY), load_file(FIXTURES / "golden.safetensors")
     hiras = load_file(FIXTURES / "golden_hira32.safetensors")
     prompts = [ids[:length].tolist() for ids, length in zip(golden["ids"], golden["lengths"])]
-    folders = [peft_folder(tmp_path / str(i), "hira", hiras, str(i), r=i % 4 + 1) for i in range(32)]
+    folders = [peft_folder(tmp_path / str(i), "hira", hiras, str(i), r=i % 4 + 1)
+               for i in range(32)]
     ids = [flora.load_adapter(model, folder) for folder in folders]
     work = [(i, prompts[n % 3], hiras["greedy"][n].tolist()) for n, i in enumerate(ids)]
-    work += [(flora.BASE, prompt, greedy.tolist()) for prompt, greedy in zip(prompts, golden["greedy"])]
+    work += [(flora.BASE, prompt, greedy.tolist())
+             for prompt, greedy in zip(prompts, golden["greedy"])]
     for kind in ("flora", "lora", "ia3"):
         i = random_adapter(model, kind, 2)
         work.append((i, prompts[0], generate(model, prompts[:1], [i], max_new_tokens=12)[0]))
@@ -178,7 +192,7 @@ def test_32_hiras_from_peft_run_in_one_continuous_batch_each_as_peft_ran_it_alon
         assert_within_1e_5(logits, hiras["logits"][n::3])
 
 
-# -------------------------------------------------------------- PEFT's folders and merged checkpoints
+# ----------------------------------------------------------- PEFT's folders and merged checkpoints
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3", "hira"])
@@ -186,9 +200,12 @@ def test_a_peft_folder_comes_back_key_for_key_and_bit_for_bit(tiny, golden, kind
     adapter_id = flora.load_adapter(tiny, peft_folder(tmp_path / "in", kind, golden))
     save_peft(tiny, adapter_id, tmp_path / "out", "some/base")
     theirs, ours = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("in", "out"))
-    assert sorted(os.listdir(tmp_path / "out")) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    config, wanted = json.loads((tmp_path / "out" / "adapter_config.json").read_text()), peft_config(kind, theirs)
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "adapter_config.json", "adapter_model.safetensors"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    wanted = peft_config(kind, theirs)
     for key in ("target_modules", "feedforward_modules"):   # ours are longer: attn.c_attn
         assert all(any(m.endswith(module) for m in config[key]) for module in wanted.get(key, []))
         assert len(config.get(key, [])) == len(wanted.get(key, []))
@@ -197,16 +214,17 @@ def test_a_peft_folder_comes_back_key_for_key_and_bit_for_bit(tiny, golden, kind
         assert config.get(key) == wanted.get(key)
 
 
-@pytest.mark.parametrize("kind,rank,targets", [("lora", 8, ["all"]), ("lora", 2, ["c_attn.qk", "c_proj"]),
-                                               ("ia3", 1, ["all"]), ("ia3", 1, ["c_attn.k", "c_fc"]),
-                                               ("hira", 3, ["all"]), ("flora", 1, ["all"]),
-                                               ("flora", 2, ["c_attn.qk", "c_proj"])])
+@pytest.mark.parametrize("kind,rank,targets", [
+    ("lora", 8, ["all"]), ("lora", 2, ["c_attn.qk", "c_proj"]), ("ia3", 1, ["all"]),
+    ("ia3", 1, ["c_attn.k", "c_fc"]), ("hira", 3, ["all"]), ("flora", 1, ["all"]),
+    ("flora", 2, ["c_attn.qk", "c_proj"])])
 def test_adapters_exported_to_peft_come_back_with_their_logits(kind, rank, targets, tmp_path):
     model, ids = tiny_model(), torch.randint(0, 300, (2, 9))
     wanted = model(ids, torch.tensor([random_adapter(model, kind, rank, targets)] * 2))
     save_peft(model, 1, tmp_path)
     other = tiny_model()
-    assert (other(ids, torch.tensor([flora.load_adapter(other, tmp_path)] * 2)) - wanted).abs().max() < 1e-5
+    back = flora.load_adapter(other, tmp_path)
+    assert (other(ids, torch.tensor([back, back])) - wanted).abs().max() < 1e-5
     flora.save_adapter(other, 1, tmp_path / "ours.safetensors")  # and in our own form
     third = tiny_model()
     flora.load_adapter(third, tmp_path / "ours.safetensors")
@@ -215,15 +233,17 @@ def test_adapters_exported_to_peft_come_back_with_their_logits(kind, rank, targe
 
 @pytest.mark.parametrize("name", [""])
 def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
-    plain = flora.load_adapter(tiny, peft_folder(tmp_path / "a", "lora", golden, lora_alpha=8 * 2**0.5))
-    rslora = flora.load_adapter(tiny, peft_folder(tmp_path / "b", "lora", golden, use_rslora=True))
+    larger = peft_folder(tmp_path / "a", "lora", golden, lora_alpha=8 * 2**0.5)
+    rescaled = peft_folder(tmp_path / "b", "lora", golden, use_rslora=True)
+    plain, rslora = (flora.load_adapter(tiny, folder) for folder in (larger, rescaled))
     logits = tiny(golden["ids"][:1].expand(2, -1), torch.tensor([rslora, plain]))
     assert_close(logits[0], logits[1])
 
 
 @pytest.mark.parametrize("name", [""])
 @pytest.mark.parametrize("changes,sentence", [
-    (dict(peft_type="PREFIX_TUNING"), "peft_type is 'PREFIX_TUNING'; only LORA, IA3 and HIRA can be loaded"),
+    (dict(peft_type="PREFIX_TUNING"),
+     "peft_type is 'PREFIX_TUNING'; only LORA, IA3 and HIRA can be loaded"),
     (dict(use_dora=True), "use_dora is True, which cannot be represented here"),
     (dict(rank_pattern={"c_attn": 4}), "rank_pattern is {'c_attn': 4}, which cannot"),
     (dict(alpha_pattern={"c_attn": 4}), "alpha_pattern is {'c_attn': 4}, which cannot"),
@@ -233,34 +253,43 @@ def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
     (dict(layers_to_transform=[0]), "layers_to_transform is [0], which cannot"),
     (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which cannot"),
     (dict(made_up_later=1), "made_up_later is 1, which cannot"),
-    (dict(target_modules=["q_proj"]), "names 'q_proj', which is none of this model's projections: attn.c_attn, "),
-    (dict(target_modules="c_.*"), "target_modules is 'c_.*'; it must list the names of projections"),
-    (dict(target_modules=["h.0.attn.c_attn"]), "leaves out transformer.h.1.attn.c_attn but not the same projection"),
-    (dict(target_modules=["c_attn", "c_fc"]), "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight is missing"),
-    (dict(target_modules=["c_fc"]), "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight is unexpected"),
+    (dict(target_modules=["q_proj"]),
+     "names 'q_proj', which is none of this model's projections: attn.c_attn, "),
+    (dict(target_modules="c_.*"),
+     "target_modules is 'c_.*'; it must list the names of projections"),
+    (dict(target_modules=["h.0.attn.c_attn"]),
+     "leaves out transformer.h.1.attn.c_attn but not the same projection"),
+    (dict(target_modules=["c_attn", "c_fc"]),
+     "base_model.model.transformer.h.0.mlp.c_fc.lora_A.weight is missing"),
+    (dict(target_modules=["c_fc"]),
+     "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight is unexpected"),
     (dict(r=3), "c_attn.lora_A.weight has shape [2, 24], this model needs [3, 24]"),
     (dict(r=None), "adapter_config.json: rank is None; use a whole number"),
     (dict(lora_alpha="8"), "lora_alpha is '8'; it must be a number"),
 ])
-def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(tiny, golden, tmp_path, changes, sentence):
+def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(
+        tiny, golden, tmp_path, changes, sentence):
     with pytest.raises(BadInput, match=re.escape(sentence)):
         flora.load_adapter(tiny, peft_folder(tmp_path / "lora", "lora", golden, **changes))
     assert all(layer.num_adapters == 0 for _, layer in flora.adapter_layers(tiny))
 
 
 @pytest.mark.parametrize("name", [""])
-def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refused(tiny, golden, tmp_path):
+def test_peft_folders_without_safetensors_and_exports_that_peft_lacks_are_refused(
+        tiny, golden, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="adapter_config.json: no such file"):
         flora.load_adapter(tiny, tmp_path / "empty")
     folder = peft_folder(tmp_path / "lora", "lora", golden)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(BadInput, match="adapter_model.bin is a pickle, which is not opened; load it in PEFT and save"):
+    sentence = "adapter_model.bin is a pickle, which is not opened; load it in PEFT and save"
+    with pytest.raises(BadInput, match=sentence):
         flora.load_adapter(tiny, folder)
     (folder / "adapter_model.bin").unlink()
     with pytest.raises(BadInput, match="adapter_model.safetensors: no such adapter file"):
         flora.load_adapter(tiny, folder)
-    with pytest.raises(BadInput, match="adapter 1 is of kind ffba, which PEFT does not have; .*flora.merge_adapter"):
+    sentence = "adapter 1 is of kind ffba, which PEFT does not have; .*flora.merge_adapter"
+    with pytest.raises(BadInput, match=sentence):
         save_peft(tiny, random_adapter(tiny, "ffba"), tmp_path / "ffba")
     assert not (tmp_path / "ffba").exists()
 
@@ -273,8 +302,10 @@ def test_a_merged_folder_holds_the_adapted_model_and_its_tokenizer(tiny, golden,
     tiny.save_pretrained(tmp_path / "merged")
     Tokenizer(TINY).save(tmp_path / "merged")
     assert_close(GPT.from_pretrained(tmp_path / "merged")(golden["ids"]), wanted)
-    assert sorted(os.listdir(tmp_path / "merged")) == ["config.json", "model.safetensors", "tokenizer.json"]
-    (tmp_path / "merged" / "tokenizer_config.json").write_text("{}")   # without it CTranslate2 finds no eos
+    assert sorted(os.listdir(tmp_path / "merged")) == [
+        "config.json", "model.safetensors", "tokenizer.json"]
+    # without this file CTranslate2 finds no eos
+    (tmp_path / "merged" / "tokenizer_config.json").write_text("{}")
     (tmp_path / "again").mkdir()
     Tokenizer(tmp_path / "merged").save(tmp_path / "again")
     assert sorted(os.listdir(tmp_path / "again")) == ["tokenizer.json", "tokenizer_config.json"]

@@ -26,13 +26,19 @@ BENCH = ABOUT | dict(rows=[
 ACCURACY = ABOUT | dict(
     table={"cpp": {"base": dict(mean=3.0, spread=0.0), "flora-r1": dict(mean=2.5, spread=0.1)}},
     sweep={"flora-r1": {"0.02": 2.6, "0.04": 2.5}})
+WHISPER = ABOUT | dict(
+    steps=80, batch_size=6, dtype="bfloat16", rates={"flora-r1": 0.01},
+    base={"cs": dict(clips=188, words=1200, wer=75.0, wer_normalised=71.0, cer=28.0)},
+    table={"cs": {"flora-r1": dict(parameters=135168, **{
+        key: dict(mean=mean, spread=0.5, seeds=[mean]) for key, mean in
+        dict(wer=60.0, wer_normalised=55.0, cer=19.0, seconds=300.0).items()})}})
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A text with one place for each kind of table, filled by main()."""
     kinds = [(results.throughput, BENCH), (results.throughput_shares, BENCH), (results.latency, BENCH),
-             (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY)]
+             (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY), (results.speech, WHISPER)]
     tables = {f"t{i}": (f"{i}.json", make) for i, (make, _) in enumerate(kinds)}
     for (file, _), (_, data) in zip(tables.values(), kinds):
         write_json(tmp_path / file, data)
@@ -62,7 +68,9 @@ def test_tables_hold_the_data_and_name_command_and_machine(project):
     text = project.read_text()
     for part in ["Before.", "980 [979–981]", "| FLoRA | 0.98 | 0.40 |", "1.0 / 2.0",
                  "8 examples of 1 tokens, the base 1000 [999–1001] rows/s", "2.5000 ± 0.1000",
-                 "0.02: 2.6000, 0.04: 2.5000", "`python bench.py`: 2 threads of a CPU", "commit abc"]:
+                 "0.02: 2.6000, 0.04: 2.5000", "`python bench.py`: 2 threads of a CPU", "commit abc",
+                 "| base |  |  | 75.0 | 71.0 | 28.0 |  |",
+                 "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 300 |"]:
         assert part in text, part
 
 

@@ -145,6 +145,7 @@ def test_killed_or_interrupted_trainings_resume_together_or_alone(how, tiny_fold
     (["--data", "../x=a"], "--data ../x=a: use NAME=PATH"),
     (["--data", "a=a", "--adapter", "none"], "extras.train_many trains adapters; --adapter none"),
     (["--data", "a=a", "--compile"], "--compile are train.py's alone"),
+    (["--data", "a=a", "--fast"], "--fast is train.py's alone"),
     (["--data", "a=/no/such", "--block-size", "32"], "--data /no/such: no such file, folder or glob match"),
 ])
 def test_bad_input_is_one_sentence_and_exit_status_2(flags, sentence, tiny_folder, tmp_path, monkeypatch, capsys):

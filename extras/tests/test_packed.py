@@ -1,0 +1,65 @@
+"""extras/packed.py: packed weights compute what plain ones do, in the dtypes that this processor has."""
+import copy
+
+import pytest
+import torch
+
+import bench
+import flora
+import generate
+from extras import packed
+from model import GPT, attend
+from test_flora import SERVED, run_script, served_model
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_are_as_near_to_float64_as_plain_ones(family, dtype):
+    """Logits of a mixed batch, for prompts and for single tokens."""
+    plain = served_model(SERVED[family], family).to(dtype)
+    exact, served = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    flora.freeze_bank(plain), flora.freeze_bank(served)
+    served.pack()
+    ids, adapter_ids = torch.randint(0, 97, (7, 9)), torch.arange(7)
+    native = dtype == torch.float32 or packed.computes_bfloat16()
+    assert isinstance(served.times_output, packed.PackedLinear) == native
+    with torch.inference_mode():
+        for ids in (ids, ids[:, :1]):
+            expected = exact(ids, adapter_ids)
+            errors = [(model(ids, adapter_ids).double() - expected).norm() for model in (plain, served)]
+            assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_attends_to_a_cache_as_a_plain_one(key_heads, dtype):
+    """One token a row, each row with as much of the cache in sight as it has filled."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, heads, n, 8, dtype=dtype)
+               for heads, n in [(4, 1), (key_heads, 7), (key_heads, 7)])
+    unseen = torch.arange(7) > torch.tensor([0, 3, 6])[:, None, None]         # [3, 1, 7]
+    mask = torch.zeros(3, 1, 7, dtype=dtype).masked_fill(unseen, float("-inf"))
+    exact = attend(q.double(), k.double(), v.double(), mask.double())
+    ours = packed.attend_to_cache(q, k, v, mask)
+    assert (ours - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_packing_leaves_attention_by_plain_math_as_it_is(tiny_folder):
+    for flash in (False, True):
+        model = GPT.from_pretrained(tiny_folder)
+        model.set_attention(flash)
+        model.pack()
+        packs = [attention.attend is packed.attend_to_cache for attention in model.attentions()]
+        assert packs == [flash] * model.config.n_layer
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_dtype_auto_takes_what_the_processor_computes_in_and_says_so(native, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packed, "computes_bfloat16", lambda: native)
+    chosen = "bfloat16" if native else "float32"
+    run_script(generate.main, ["generate.py", "--weights", str(tiny_folder), "--device", "cpu", "--dtype", "auto",
+                               "--prompt", "a", "--max-new-tokens", "2"], monkeypatch)
+    err = capsys.readouterr().err
+    assert f"--dtype auto: {chosen}, as this processor" in err and f"{chosen} on cpu" in err
+    args = bench.parse_args(["--weights", str(tiny_folder), "--device", "cpu", "--dtype", "auto"])
+    assert bench.load_model(args).wte.weight.dtype == getattr(torch, chosen) and args.dtype == chosen
