@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput, write_json
+from generate import generate, new_text
 from model import (EMBEDDED, GPT, JSON, Tokenizer, adapter_digest, add_common_flags, base_digest,
                    check_numbers, check_writable, describe_machine, describe_run, difference,
                    digest, get_device, locked, model_class, read_config, run_main, write_each)
@@ -523,7 +524,10 @@ def train_adapter(args, device, texts, checkpoint):
     """Freeze the base and train one new adapter of it."""
     model, tokenizer = load_base(args, device, getattr(torch, args.dtype))
     model.requires_grad_(False)
-    return add_and_fit(args, model, tokenizer, texts, checkpoint)
+    report = add_and_fit(args, model, tokenizer, texts, checkpoint)
+    if RANK == 0:
+        show_samples(args, model, tokenizer, texts[1], report["adapter_file"])
+    return report
 
 
 def add_and_fit(args, model, tokenizer, texts, checkpoint, **how):
@@ -631,6 +635,23 @@ def finish(args, report, hint, save):
     say(f"saved {report['adapter_file'] or args.out}; try it:\n"
         f"  python generate.py {hint} --prompt 'namespace at {{'")
     return report
+
+
+def show_samples(args, model, tokenizer, heldout, adapter_file):
+    """Print how the base and the saved adapter go on from the beginnings of three held-out texts, by
+    sampling. All are rows of one batch."""
+    given, new = min(32, args.block_size // 2), 40   # tokens
+    prompts = [tokenizer.encode(text, bos=True)[:given] for text in heldout[:3]]
+    rows = [prompt for prompt in prompts for _ in ("base", "adapter")]
+    ids = [flora.BASE, flora.load_adapter(model, adapter_file)] * len(prompts)
+    texts = generate(model, rows, ids, max_new_tokens=new, temperature=0.8, seed=args.seed,
+                     eos_id=tokenizer.eos_ids)
+    texts = [new_text(tokenizer, text) for text in texts]
+    say(f"\nhow base and adapter go on, sampled at temperature 0.8 with seed {args.seed}. Look at "
+        "which language\neach writes, not at the sense: so few parameters make none")
+    for prompt, base, adapter in zip(prompts, texts[::2], texts[1::2]):
+        say(f"\n=== held-out beginning\n{tokenizer.decode(prompt)}\n"
+            f"--- base\n{base}\n--- adapter\n{adapter}")
 
 
 # -------------------------------------------------------------------------------------- the command
