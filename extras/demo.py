@@ -1,4 +1,4 @@
-"""The paper's Figure 1, running: one model, four requests, four adapters, one batch.
+"""The paper's Figure 1, running: one model, four requests, four languages, one batch.
 
   python -m extras.demo                        a task that the adapters were not trained on
   python -m extras.demo --task 20 --png figure1.png
@@ -11,6 +11,7 @@ extras/sandbox.py says, and the batch is timed against the four requests one aft
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,10 @@ ROWS = {   # language: (its name, its adapter)
     "sh": ("Bash", "bash")}
 NEW = 96       # tokens of a program at most
 ROUNDS = 3     # of the timing
+TRAINING = (   # how the adapters were made
+    "python -m extras.toy_problems out/problems --more 40000; python train.py --adapter flora "
+    "--rank 3 --targets all --data out/problems/more/{language} --keep-duplicates "
+    "--block-size 128 --steps 6000 --lr 3.2e-2 --dtype bfloat16 --fast --out out/{adapter}")
 
 
 def load():
@@ -33,10 +38,20 @@ def load():
     model, tokenizer = GPT.from_pretrained(EMBEDDED).requires_grad_(False), Tokenizer(EMBEDDED)
     ids = {}
     for language, (_, adapter) in ROWS.items():
-        file = f"{EMBEDDED}/adapters/{adapter}.safetensors"
-        ids[language] = flora.load_adapter(model, file) if adapter else flora.BASE
+        ids[language] = flora.BASE
+        if adapter:
+            ids[language] = flora.load_adapter(model, find(language, adapter))
     flora.freeze_bank(model)
     return model, tokenizer, ids
+
+
+def find(language, adapter):
+    """An adapter's file. BadInput, with the commands that make it, where there is none."""
+    file = Path(EMBEDDED, "adapters", f"{adapter}.safetensors")
+    if not file.exists():
+        raise BadInput(f"{file}: no such adapter; copy out/{adapter}/adapter.safetensors there after: "
+                       + TRAINING.format(language=language, adapter=adapter))
+    return str(file)
 
 
 def write_programs(engine, tokenizer, problems, ids):
@@ -53,13 +68,14 @@ def write_programs(engine, tokenizer, problems, ids):
 
 
 def verdict(problem, text):
-    """What running a program against its tests says."""
+    """How a program fares in its tests."""
     try:
         interpreter_of(problem["language"])
     except BadInput:
         return f"not run: no {LANGUAGES[problem['language']].command[0]} here"
     program = problem["prompt"] + text + "\n" + problem["tests"]
-    return f"{run_program(problem['language'], program).outcome} its tests"
+    outcome = run_program(problem["language"], program).outcome
+    return "passes its tests" if outcome == "passed" else f"does not pass its tests ({outcome})"
 
 
 def time_batch(engine, tokenizer, problems, ids):
@@ -124,7 +140,7 @@ def demo(args):
     verdicts = {language: verdict(problems[language], texts[language]) for language in ROWS}
     programs = {language: problems[language]["prompt"] + texts[language] for language in ROWS}
     task = problems["py"]["prompt"].split('"""')[1]
-    print(f"{task} Four requests, four adapters, one batch:\n")
+    print(f"{task} Four requests in one batch, three with an adapter each:\n")
     print(side_by_side([f"{ROWS[language][0]}, {verdicts[language]}\n\n{programs[language]}"
                         for language in ROWS]))
     batch, alone = time_batch(engine, tokenizer, problems, ids)
@@ -137,7 +153,8 @@ def demo(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", type=int, default=17, help="which of the held-out tasks")
+    parser.add_argument("--task", type=int, default=17,
+                        help="which of the tasks that no adapter was trained on (default: 17)")
     parser.add_argument("--png", metavar="FILE", help="draw it there")
     demo(parser.parse_args())
 
