@@ -638,8 +638,8 @@ def finish(args, report, hint, save):
 
 
 def show_samples(args, model, tokenizer, heldout, adapter_file):
-    """Print how the base and the saved adapter go on from the beginnings of three held-out texts, by
-    sampling. All are rows of one batch."""
+    """Print how the base and the saved adapter go on from the beginnings of three held-out texts,
+    by sampling. All are rows of one batch."""
     given, new = min(32, args.block_size // 2), 40   # tokens
     prompts = [tokenizer.encode(text, bos=True)[:given] for text in heldout[:3]]
     rows = [prompt for prompt in prompts for _ in ("base", "adapter")]

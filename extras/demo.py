@@ -17,9 +17,10 @@ import torch
 
 import flora
 from extras.languages import LANGUAGES, interpreter_of, run_program
+from extras.passk import Problem, submit
 from extras.toy_problems import make_tasks, render
 from flora import BadInput
-from generate import Engine, cut_at_stop, new_text, stop_check
+from generate import Engine, cut_at_stop, new_text
 from model import EMBEDDED, GPT, PNG, Tokenizer, check_writable, run_main, save_figure
 
 ROWS = {   # language: (its name, its adapter)
@@ -49,20 +50,25 @@ def find(language, adapter):
     """An adapter's file. BadInput, with the commands that make it, where there is none."""
     file = Path(EMBEDDED, "adapters", f"{adapter}.safetensors")
     if not file.exists():
-        raise BadInput(f"{file}: no such adapter; copy out/{adapter}/adapter.safetensors there after: "
-                       + TRAINING.format(language=language, adapter=adapter))
+        raise BadInput(f"{file}: no such adapter; copy out/{adapter}/adapter.safetensors there "
+                       "after: " + TRAINING.format(language=language, adapter=adapter))
     return str(file)
 
 
+def problem_of(language, kind, task):
+    """A task of toy_problems as a problem of one language."""
+    made = render(language, kind, task, "demo")
+    return Problem("demo", "demo", language, made["prompt"], made["tests"], made["stop_tokens"])
+
+
 def write_programs(engine, tokenizer, problems, ids):
-    """Serve one request for each of {language: problem} -> ({language: program}, new tokens)."""
-    requests = {}
-    for language, problem in problems.items():
-        requests[language] = engine.submit(
-            tokenizer.encode(problem["prompt"]), adapter_id=ids[language], max_new_tokens=NEW,
-            eos_id=tokenizer.eos_ids, stopped=stop_check(tokenizer, problem["stop_tokens"]))
+    """Serve one request for each of {language: problem} -> ({language: what the model adds to the
+    prompt}, new tokens)."""
+    requests = {language: submit(engine, tokenizer, problem, adapter_id=ids[language],
+                                 max_new_tokens=NEW)
+                for language, problem in problems.items()}
     engine.run()
-    texts = {language: cut_at_stop(new_text(tokenizer, r.ids), problems[language]["stop_tokens"])
+    texts = {language: cut_at_stop(new_text(tokenizer, r.ids), problems[language].stops)
              for language, r in requests.items()}
     return texts, sum(len(r.ids) for r in requests.values())
 
@@ -70,11 +76,10 @@ def write_programs(engine, tokenizer, problems, ids):
 def verdict(problem, text):
     """How a program fares in its tests."""
     try:
-        interpreter_of(problem["language"])
+        interpreter_of(problem.language)
     except BadInput:
-        return f"not run: no {LANGUAGES[problem['language']].command[0]} here"
-    program = problem["prompt"] + text + "\n" + problem["tests"]
-    outcome = run_program(problem["language"], program).outcome
+        return f"not run: no {LANGUAGES[problem.language].command[0]} here"
+    outcome = run_program(problem.language, f"{problem.prompt}{text}\n{problem.tests}").outcome
     return "passes its tests" if outcome == "passed" else f"does not pass its tests ({outcome})"
 
 
@@ -111,12 +116,13 @@ def draw(file, task, texts, verdicts):
     axis.axis("off")
     box = dict(boxstyle="round,pad=0.4", facecolor="white")
     axis.text(6, 6.75, task, ha="center", fontsize=11)
-    axis.text(5.1, 3.3, "one model\n\n$Y = A \\circ ((B \\circ X)\\, W_0)$\n\none batch", ha="center",
-              va="center", fontsize=13, bbox=box | dict(edgecolor="black"))
+    model = "one model\n\n$Y = A \\circ ((B \\circ X)\\, W_0)$\n\none batch"
+    axis.text(5.1, 3.3, model, ha="center", va="center", fontsize=13,
+              bbox=box | dict(edgecolor="black"))
     for i, (language, text) in enumerate(texts.items()):
         y, color = 5.8 - 1.65 * i, f"C{i}"
         name, adapter = ROWS[language]
-        asked = f"in {name}\n" + (f"adapter {adapter}: $A_{i}$, $B_{i}$" if adapter else "no adapter")
+        asked = f"in {name}\n" + (f"adapter $A_{i}$, $B_{i}$" if adapter else "no adapter")
         axis.text(1.2, y, asked, ha="center", va="center", fontsize=10,
                   bbox=box | dict(edgecolor=color))
         axis.text(7.3, y, text, va="center", fontsize=7.5, family="monospace",
@@ -133,13 +139,13 @@ def demo(args):
     tasks = make_tasks()[0]
     if not 0 <= args.task < len(tasks):
         raise BadInput(f"--task {args.task}: there are tasks 0 to {len(tasks) - 1}")
-    problems = {language: render(language, *tasks[args.task], "demo") for language in ROWS}
+    problems = {language: problem_of(language, *tasks[args.task]) for language in ROWS}
     model, tokenizer, ids = load()
     engine = Engine(model, slots=len(ROWS))
     texts, _ = write_programs(engine, tokenizer, problems, ids)
     verdicts = {language: verdict(problems[language], texts[language]) for language in ROWS}
-    programs = {language: problems[language]["prompt"] + texts[language] for language in ROWS}
-    task = problems["py"]["prompt"].split('"""')[1]
+    programs = {language: problems[language].prompt.rstrip() + texts[language] for language in ROWS}
+    task = problems["py"].prompt.split('"""')[1]
     print(f"{task} Four requests in one batch, three with an adapter each:\n")
     print(side_by_side([f"{ROWS[language][0]}, {verdicts[language]}\n\n{programs[language]}"
                         for language in ROWS]))

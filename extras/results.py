@@ -3,12 +3,12 @@
   python -m extras.results           write the tables anew, each in its place
   python -m extras.results --check   say which differ from their data, exit with 2
 
-A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them is
-made by the function of TABLES from its files, which the command named in each wrote with --json. So
-no number in a table is typed, and extras/tests/test_results.py fails where one was.
+A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them
+is made by the function of TABLES from its files, which the command named in each wrote with --json.
+So no number in a table is typed, and extras/tests/test_results.py fails where one was.
 
-`<!-- old table NAME -->` marks a table that was measured before there were such files. It stays as it
-is until the last of its files is there, and from then on it is a place like any other.
+`<!-- old table NAME -->` marks a table that was measured before there were such files. It stays as
+it is until the last of its files is there; from then on it is a place like any other.
 """
 import re
 import sys
@@ -139,11 +139,11 @@ def one_request(data):
     lines = [[row["what"], row["rank"] or "", f"{row['parameters']:,}" if row["rank"] else "",
               f"{1e3 * row['seconds_per_output_token_mean']:.2f}", share(row), speed(row)]
              for row in data["rows"]]
-    return markdown(["", "rank", "parameters", "ms per token", "of the base's tokens/s", "tokens/s"],
-                    lines)
+    head = ["", "rank", "parameters", "ms per token", "of the base's tokens/s", "tokens/s"]
+    return markdown(head, lines)
 
 
-# ---------------------------------------------------------- results of train.py, table1, toys, passk
+# -------------------------------------------------------- results of train.py, table1, toys, passk
 
 
 def name_of(method):
@@ -173,14 +173,15 @@ def trainings(*reports):
                       f"{r['trainable_parameters']:,}", f"{r['lr']:g}", precision,
                       f"{r['heldout_bpb_before']:.4f} → {r['heldout_bpb_after']:.4f}",
                       f"{r['heldout_loss_after']:.4f}", f"{r['seconds']:.0f}",
-                      f"{r['tokens_per_second'] or 0:.0f}", f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"])
-    return markdown(["", "on", "parameters", "rate", "in", "held-out bits per byte", "nats per token",
-                     "seconds", "tokens/s", "peak memory"], lines)
+                      f"{r['tokens_per_second'] or 0:.0f}",
+                      f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"])
+    return markdown(["", "on", "parameters", "rate", "in", "held-out bits per byte",
+                     "nats per token", "seconds", "tokens/s", "peak memory"], lines)
 
 
 bases = rows(   # trainings of a base model
-    ("parameters", "{total_parameters:,}"), ("tokens seen", "{tokens_seen:,}"), ("steps", "{steps:,}"),
-    ("rate", "{lr:g}"), ("in", "{dtype}"), ("seconds", "{seconds:,.0f}"),
+    ("parameters", "{total_parameters:,}"), ("tokens seen", "{tokens_seen:,}"),
+    ("steps", "{steps:,}"), ("rate", "{lr:g}"), ("in", "{dtype}"), ("seconds", "{seconds:,.0f}"),
     ("held-out bytes", "{heldout_bytes:,}"), ("nats per token", "{heldout_loss_after:.4f}"),
     ("bits per byte", "{heldout_bpb_after:.4f}"))
 copies = rows(   # of LoRAs, by train.py --from-lora
@@ -260,7 +261,8 @@ def peers(data):
 
 hira_peers = rows(
     ("", "{name}"),
-    ("tokens/s", "{tokens_per_second:.0f} [{tokens_per_second_min:.0f}–{tokens_per_second_max:.0f}]"),
+    ("tokens/s",
+     "{tokens_per_second:.0f} [{tokens_per_second_min:.0f}–{tokens_per_second_max:.0f}]"),
     ("requests with our tokens", "{same} of {adapters}"))
 
 
@@ -288,8 +290,8 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "latency": ("fig2.json", latency),
     "projection": ("layer.json", layer),
     "families": ("starcoder_cpu.json llama_cpu.json", inflection),
-    "copies": (" ".join(f"copy_r{rank}_{steps}.json" for rank in (1, 2, 4, 8) for steps in (0, 100)),
-               copies),
+    "copies": ("copy_r1_0.json copy_r2_0.json copy_r4_0.json copy_r8_0.json copy_r1_100.json "
+               "copy_r2_100.json copy_r4_100.json copy_r8_100.json", copies),
     "no-copies": ("default_lora_bf16.json scratch_r1.json scratch_r4.json", trainings),
     "one-request": ("token.json", one_request),
     "one-request-768": ("token_768.json", one_request),

@@ -31,21 +31,22 @@ def test_the_programs_of_one_batch_are_those_of_each_request_alone(folder, monke
     run_script(demo.main, ["demo", "--task", "3", "--png", folder / "figure.png"], monkeypatch)
     printed = capsys.readouterr().out
     model, tokenizer = GPT.from_pretrained(folder), Tokenizer(folder)
-    kind, task = toy_problems.make_tasks()[0][3]
+    tasks = toy_problems.make_tasks()[0]
     for language, (_, adapter) in demo.ROWS.items():
         i = flora.load_adapter(model, demo.find(language, adapter)) if adapter else BASE
-        prompt = toy_problems.render(language, kind, task, "")["prompt"]
+        prompt = demo.problem_of(language, *tasks[3]).prompt.rstrip()
         [ids] = generate(model, [tokenizer.encode(prompt)], [i], max_new_tokens=demo.NEW)
-        first_line = (prompt + tokenizer.decode(ids, continues=True)).split("\n")[prompt.count("\n")]
-        assert first_line.rstrip() in printed
+        program = prompt + tokenizer.decode(ids, continues=True)
+        assert program.split("\n")[prompt.count("\n")].rstrip() in printed
     assert printed.count("does not pass its tests") == 4 and "tokens/s as one batch" in printed
     assert (folder / "figure.png").read_bytes().startswith(PNG)
 
 
 def test_verdicts_are_those_of_the_tests(monkeypatch):
     needs("sh")
-    problem = toy_problems.render("sh", *toy_problems.make_tasks()[0][0], "")
-    assert demo.verdict(problem, problem["canonical_solution"]) == "passes its tests"
+    task = toy_problems.make_tasks()[0][0]
+    problem, solved = demo.problem_of("sh", *task), toy_problems.render("sh", *task, "")
+    assert demo.verdict(problem, solved["canonical_solution"]) == "passes its tests"
     assert demo.verdict(problem, "") == "does not pass its tests (failed)"
 
     def missing(language):
