@@ -194,6 +194,16 @@ passed = rows(   # pass@1, by passk
     ("programs", "{samples}"), ("pass@1 ± standard error", "{pass@1:.4f} ± {±1:.4f}"))
 
 
+def judged(data):
+    """What became of completions that were given to passk, a line for each file of problems."""
+    outcomes = ("passed", "failed", "timeout")
+    lines = [[row["file"], row["samples"], *(row[name] for name in outcomes)]
+             for row in data["rows"]]
+    tools = ", ".join(f"{language} by {tool['version']}"
+                      for language, tool in data["languages"].items())
+    return f"{tools}:\n\n" + markdown(["problems", "completions", *outcomes], lines)
+
+
 def rates(data):
     """The search for the learning rates: what was held out, at each rate."""
     lines = []
@@ -279,6 +289,7 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
         "flora-r1", "lora-r1", "flora-r4", "lora-r4", "ia3"])),
     "defaults": ("default_flora.json default_lora.json default_ia3.json default_lora_1e-4.json",
                  trainings),
+    "judged": ("judged.json", judged),
     "toys": ("toys.json", accuracy),
     "smollm2": ("smollm2.json", accuracy),
     "smollm2-rates": ("smollm2.json", rates),

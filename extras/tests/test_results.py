@@ -68,7 +68,8 @@ def project(measured, tmp_path, monkeypatch):
              (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY),
              (results.speech, WHISPER), (results.inflection, BENCH), (results.one_request, ALONE),
              (results.trainings, lora, copy), (results.copies, copy), (results.bases, lora),
-             (results.passed, measured["passk"]), (results.hira_peers, HIRA)]
+             (results.passed, measured["passk"]), (results.judged, measured["passk"]),
+             (results.hira_peers, HIRA)]
     tables = {}
     for i, (make, *files) in enumerate(kinds):
         names = [f"{i}-{j}.json" for j in range(len(files))]
@@ -118,7 +119,8 @@ def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
                  f"| LoRA r1 | `c_attn` | {lora['trainable_parameters']} | 0.001 | float32 | "
                  f"{lora['heldout_bpb_before']:.4f} → {lora['heldout_bpb_after']:.4f} |",
                  f"| {100 * copy['share_of_gain']:.1f}% |", f"{copy['run']['command']}`, `",
-                 "| py.jsonl | none | 2 | 2 | 0.0000 ± 0.0000 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
+                 "| py.jsonl | none | 2 | 2 | 0.0000 ± 0.0000 |",
+                 "py by Python 3.", "| py.jsonl | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
                  "| base |  |  | 75.0 | 71.0 | 28.0 |  |",
                  "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 300 |"]:
         assert part in text, part
