@@ -633,7 +633,7 @@ def finish(args, report, hint, save):
     files = {str(Path(args.out, "log.json")), args.json} - {None}
     write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
     say(f"saved {report['adapter_file'] or args.out}; try it:\n"
-        f"  python generate.py {hint} --prompt 'namespace at {{'")
+        f"  python generate.py {hint} --prompt 'namespace at {{' --temperature 0.8")
     return report
 
 
