@@ -96,6 +96,11 @@ def time_batch(engine, tokenizer, problems, ids):
     return [statistics.median(found) for found in zip(*rounds)]
 
 
+def without(task, prompt):
+    """A prompt without the line that tells the task, which is the same for all."""
+    return "\n".join(line for line in prompt.split("\n") if task not in line).rstrip()
+
+
 def side_by_side(columns):
     """Texts, as columns of one text."""
     columns = [text.rstrip("\n").split("\n") for text in columns]
@@ -144,10 +149,11 @@ def demo(args):
     engine = Engine(model, slots=len(ROWS))
     texts, _ = write_programs(engine, tokenizer, problems, ids)
     verdicts = {language: verdict(problems[language], texts[language]) for language in ROWS}
-    programs = {language: problems[language].prompt.rstrip() + texts[language] for language in ROWS}
     task = problems["py"].prompt.split('"""')[1]
+    programs = {language: without(task, problems[language].prompt) + texts[language]
+                for language in ROWS}
     print(f"{task} Four requests in one batch, three with an adapter each:\n")
-    print(side_by_side([f"{ROWS[language][0]}, {verdicts[language]}\n\n{programs[language]}"
+    print(side_by_side([f"{ROWS[language][0]}: {verdicts[language]}\n\n{programs[language]}"
                         for language in ROWS]))
     batch, alone = time_batch(engine, tokenizer, problems, ids)
     print(f"\n{batch:.0f} tokens/s as one batch, {alone:.0f} one after another "
