@@ -283,6 +283,9 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "fig2-throughput": ("fig2_1b.json", throughput),
     "fig2-shares": ("fig2_1b.json", throughput_shares),
     "fig2-latency": ("fig2_1b.json", latency),
+    "layer-15b": ("layer_15b.json", layer),
+    "layer-15b-one": ("layer_15b_one.json", layer),
+    "layer-15b-long": ("layer_15b_long.json", layer),
     "losses": ("table1.json", accuracy),
     "rates": ("table1.json", rates),
     "learning": ("table1.json", partial(accuracy, methods=[
