@@ -36,8 +36,9 @@ def caption(*files):
     commands = {}
     for data in files:
         run, machine = data["run"], data["machine"]
-        about = (f"{machine['threads']} threads of {machine['gpu'] or machine['cpu']}, torch "
-                 f"{machine['torch']}, {run['date']}, commit {run['commit']}.")
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        about = (f"{threads} of {machine['gpu'] or machine['cpu']}, torch {machine['torch']}, "
+                 f"{run['date']}, commit {run['commit']}.")
         commands.setdefault(about, []).append(f"`{run['command']}`")
     return "\n\n".join(f"{', '.join(mine)}: {about}" for about, mine in commands.items())
 
@@ -192,16 +193,9 @@ copies = rows(   # of LoRAs, by train.py --from-lora
 passed = rows(   # pass@1, by passk
     ("problems", "{file}"), ("adapter", "{settings[adapter]}"), ("number", "{problems}"),
     ("programs", "{samples}"), ("pass@1 ± standard error", "{pass@1:.4f} ± {±1:.4f}"))
-
-
-def judged(data):
-    """What became of completions that were given to passk, a line for each file of problems."""
-    outcomes = ("passed", "failed", "timeout")
-    lines = [[row["file"], row["samples"], *(row[name] for name in outcomes)]
-             for row in data["rows"]]
-    tools = ", ".join(f"{language} by {tool['version']}"
-                      for language, tool in data["languages"].items())
-    return f"{tools}:\n\n" + markdown(["problems", "completions", *outcomes], lines)
+judged = rows(   # completions that were given to passk
+    ("problems", "{file}"), ("completions", "{samples}"), ("passed", "{passed}"),
+    ("failed", "{failed}"), ("out of time", "{timeout}"))
 
 
 def rates(data):

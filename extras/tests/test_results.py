@@ -120,7 +120,7 @@ def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
                  f"{lora['heldout_bpb_before']:.4f} → {lora['heldout_bpb_after']:.4f} |",
                  f"| {100 * copy['share_of_gain']:.1f}% |", f"{copy['run']['command']}`, `",
                  "| py.jsonl | none | 2 | 2 | 0.0000 ± 0.0000 |",
-                 "py by Python 3.", "| py.jsonl | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
+                 "| py.jsonl | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
                  "| base |  |  | 75.0 | 71.0 | 28.0 |  |",
                  "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 300 |"]:
         assert part in text, part
