@@ -68,9 +68,15 @@ def write_programs(engine, tokenizer, problems, ids):
                                  max_new_tokens=NEW)
                 for language, problem in problems.items()}
     engine.run()
-    texts = {language: cut_at_stop(new_text(tokenizer, r.ids), problems[language].stops)
-             for language, r in requests.items()}
+    texts = {language: new_text(tokenizer, r.ids) for language, r in requests.items()}
     return texts, sum(len(r.ids) for r in requests.values())
+
+
+def shown(task, problem, text):
+    """A program without the line that tells the task, and with the brace that ended it."""
+    prompt = "\n".join(line for line in problem.prompt.split("\n") if task not in line)
+    body = cut_at_stop(text, problem.stops)
+    return prompt.rstrip() + body + ("\n}" if text[len(body):].startswith("\n}") else "")
 
 
 def verdict(problem, text):
@@ -79,7 +85,8 @@ def verdict(problem, text):
         interpreter_of(problem.language)
     except BadInput:
         return f"not run: no {LANGUAGES[problem.language].command[0]} here"
-    outcome = run_program(problem.language, f"{problem.prompt}{text}\n{problem.tests}").outcome
+    program = f"{problem.prompt}{cut_at_stop(text, problem.stops)}\n{problem.tests}"
+    outcome = run_program(problem.language, program).outcome
     return "passes its tests" if outcome == "passed" else f"does not pass its tests ({outcome})"
 
 
@@ -94,11 +101,6 @@ def time_batch(engine, tokenizer, problems, ids):
     alone = [{language: problem} for language, problem in problems.items()]
     rounds = [(speed([problems]), speed(alone)) for _ in range(ROUNDS)]
     return [statistics.median(found) for found in zip(*rounds)]
-
-
-def without(task, prompt):
-    """A prompt without the line that tells the task, which is the same for all."""
-    return "\n".join(line for line in prompt.split("\n") if task not in line).rstrip()
 
 
 def side_by_side(columns):
@@ -130,7 +132,7 @@ def draw(file, task, texts, verdicts):
         asked = f"in {name}\n" + (f"adapter $A_{i}$, $B_{i}$" if adapter else "no adapter")
         axis.text(1.2, y, asked, ha="center", va="center", fontsize=10,
                   bbox=box | dict(edgecolor=color))
-        axis.text(7.3, y, text, va="center", fontsize=7.5, family="monospace",
+        axis.text(7.3, y, text, va="center", fontsize=7.5, family="monospace", parse_math=False,
                   bbox=box | dict(edgecolor=color))
         axis.text(11.9, y, verdicts[language], va="center", ha="right", fontsize=9, color=color)
         axis.annotate("", (3.6, 3.3), (2.3, y), arrowprops=dict(arrowstyle="->", color=color))
@@ -150,8 +152,7 @@ def demo(args):
     texts, _ = write_programs(engine, tokenizer, problems, ids)
     verdicts = {language: verdict(problems[language], texts[language]) for language in ROWS}
     task = problems["py"].prompt.split('"""')[1]
-    programs = {language: without(task, problems[language].prompt) + texts[language]
-                for language in ROWS}
+    programs = {language: shown(task, problems[language], texts[language]) for language in ROWS}
     print(f"{task} Four requests in one batch, three with an adapter each:\n")
     print(side_by_side([f"{ROWS[language][0]}: {verdicts[language]}\n\n{programs[language]}"
                         for language in ROWS]))

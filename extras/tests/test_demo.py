@@ -46,7 +46,11 @@ def test_verdicts_are_those_of_the_tests(monkeypatch):
     needs("sh")
     task = toy_problems.make_tasks()[0][0]
     problem, solved = demo.problem_of("sh", *task), toy_problems.render("sh", *task, "")
-    assert demo.verdict(problem, solved["canonical_solution"]) == "passes its tests"
+    text = "\n" + solved["canonical_solution"] + "\n}\n\n# Add"
+    assert demo.verdict(problem, text) == "passes its tests"
+    told = problem.prompt.split("\n")[0].strip("# ")
+    assert demo.shown(told, problem, text) == (
+        'f() {\n    local x="$1"\n' + solved["canonical_solution"] + "\n}")
     assert demo.verdict(problem, "") == "does not pass its tests (failed)"
 
     def missing(language):
@@ -54,6 +58,12 @@ def test_verdicts_are_those_of_the_tests(monkeypatch):
 
     monkeypatch.setattr(demo, "interpreter_of", missing)
     assert demo.verdict(problem, "") == "not run: no bash here"
+
+
+def test_programs_with_dollars_are_drawn_as_they_are(tmp_path):
+    texts = dict.fromkeys(demo.ROWS, 'x=$(echo "$x" | rev)\n$x')
+    demo.draw(str(tmp_path / "figure.png"), "Reverse.", texts, dict.fromkeys(demo.ROWS, "passes"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
 
 
 def test_texts_of_several_heights_stand_side_by_side():
