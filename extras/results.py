@@ -297,6 +297,8 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "eq7": ("fig2.json", inflection),
     "latency": ("fig2.json", latency),
     "projection": ("layer.json", layer),
+    "starcoder-cpu": ("starcoder_cpu.json", throughput),
+    "llama-cpu": ("llama_cpu.json", throughput),
     "families": ("starcoder_cpu.json llama_cpu.json", inflection),
     "copies": ("copy_r1_0.json copy_r2_0.json copy_r4_0.json copy_r8_0.json copy_r1_100.json "
                "copy_r2_100.json copy_r4_100.json copy_r8_100.json", copies),
