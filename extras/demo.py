@@ -28,7 +28,7 @@ ROWS = {   # language: (its name, its adapter)
     "sh": ("Bash", "bash")}
 NEW = 96       # tokens of a program at most
 ROUNDS = 3     # of the timing
-TRAINING = (   # how the adapters were made
+TRAINING = (   # how such adapters are made
     "python -m extras.toy_problems out/problems --more 40000; python train.py --adapter flora "
     "--rank 3 --targets all --data out/problems/more/{language} --keep-duplicates "
     "--block-size 128 --steps 6000 --lr 3.2e-2 --dtype bfloat16 --fast --out out/{adapter}")
