@@ -278,7 +278,7 @@ def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, gro
                 save_checkpoint(step, parameters, optimizer, log, args)
                 losses = []
     if step < args.steps:
-        command = shlex.join([sys.executable, *sys.argv])
+        command = shlex.join([sys.executable, *(word for word in sys.argv if word != "--resume")])
         say(f"interrupted at step {step}; go on with: {command} --resume")
         raise KeyboardInterrupt
     return log, rate
