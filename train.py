@@ -647,8 +647,8 @@ def show_samples(args, model, tokenizer, heldout, adapter_file):
     texts = generate(model, rows, ids, max_new_tokens=new, temperature=0.8, seed=args.seed,
                      eos_id=tokenizer.eos_ids)
     texts = [new_text(tokenizer, text) for text in texts]
-    say(f"\nbase and adapter go on, sampled at temperature 0.8 with seed {args.seed}; look at which "
-        "language each\nwrites (a model as small as the embedded one makes no sense in any):")
+    say(f"\nbase and adapter go on, sampled at temperature 0.8 with seed {args.seed}; look at "
+        "which language each\nwrites (a model as small as the embedded one makes no sense in any):")
     for prompt, base, adapter in zip(prompts, texts[::2], texts[1::2]):
         say(f"\n=== held-out beginning\n{tokenizer.decode(prompt)}\n"
             f"--- base\n{base}\n--- adapter\n{adapter}")
