@@ -638,10 +638,11 @@ def finish(args, report, hint, save):
 
 
 def show_samples(args, model, tokenizer, heldout, adapter_file):
-    """Print how the base and the saved adapter go on from the beginnings of three held-out texts,
-    by sampling. All are rows of one batch."""
+    """Print how the base and the saved adapter go on in the middle of three held-out texts (many
+    begin alike), by sampling. All are rows of one batch."""
     given, new = min(32, args.block_size // 2), 40   # tokens
-    prompts = [tokenizer.encode(text, bos=True)[:given] for text in heldout[:3]]
+    middles = [text[text.find("\n", len(text) // 2) + 1:] for text in heldout[:3]]
+    prompts = [tokenizer.encode(text, bos=True)[:given] for text in middles]
     rows = [prompt for prompt in prompts for _ in ("base", "adapter")]
     ids = [flora.BASE, flora.load_adapter(model, adapter_file)] * len(prompts)
     texts = generate(model, rows, ids, max_new_tokens=new, temperature=0.8, seed=args.seed,
@@ -650,7 +651,7 @@ def show_samples(args, model, tokenizer, heldout, adapter_file):
     say(f"\nbase and adapter go on, sampled at temperature 0.8 with seed {args.seed}; look at "
         "which language each\nwrites (a model as small as the embedded one makes no sense in any):")
     for prompt, base, adapter in zip(prompts, texts[::2], texts[1::2]):
-        say(f"\n=== held-out beginning\n{tokenizer.decode(prompt)}\n"
+        say(f"\n=== held out\n{tokenizer.decode(prompt)}\n"
             f"--- base\n{base}\n--- adapter\n{adapter}")
 
 
