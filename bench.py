@@ -24,10 +24,6 @@ cheaper than bmm-LoRA, and the free rank, up to which it is as fast as the base 
 import argparse
 import json
 import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,8 +38,8 @@ import flora
 from flora import BadInput, extra, write_json
 from generate import new_engine
 from model import (GPT, JSON, PNG, PRESETS, Tokenizer, add_common_flags, check_numbers,
-                   check_writable, get_device, get_dtype, model_from_config, preset, run_main,
-                   save_figure, write_each)
+                   check_writable, describe_machine, describe_run, get_device, get_dtype,
+                   model_from_config, preset, run_main, save_figure, write_each)
 
 BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
@@ -444,32 +440,6 @@ def bench_serving(bench):
 
 
 # --------------------------------------------------------------------------------- table and figure
-
-
-def describe_machine(device):
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    on_gpu = device.type == "cuda"
-    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__,
-                python=platform.python_version(),
-                gpu=torch.cuda.get_device_name(device) if on_gpu else None,
-                cuda=torch.version.cuda if on_gpu else None)
-
-
-def describe_run():
-    """What made the figures: the command, the commit of the code, and the day."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:   # no git
-        commit = ""
-    return dict(command=shlex.join(["python", *sys.orig_argv[1:]]), commit=commit or None,
-                date=time.strftime("%Y-%m-%d"))
 
 
 COLUMNS = [   # of the table, beside those that every mode has: (title, width, format, key of a row)

@@ -12,9 +12,13 @@ import hashlib
 import json
 import os
 import pickle
+import platform
 import re
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -956,6 +960,32 @@ def difference(made, now):
                 return f"{CONTENT[name]} (fingerprint {made[name]}, not {value})"
             return f"--{name.replace('_', '-')} {made[name]}, not {value}"
     return None
+
+
+def describe_machine(device):
+    """What the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    on_gpu = device.type == "cuda"
+    return dict(cpu=cpu, threads=torch.get_num_threads(), torch=torch.__version__,
+                python=platform.python_version(),
+                gpu=torch.cuda.get_device_name(device) if on_gpu else None,
+                cuda=torch.version.cuda if on_gpu else None)
+
+
+def describe_run():
+    """What made the figures: the command, the commit of the code, and the day."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:   # no git
+        commit = ""
+    return dict(command=shlex.join(["python", *sys.orig_argv[1:]]), commit=commit or None,
+                date=time.strftime("%Y-%m-%d"))
 
 
 def run_main(main):

@@ -935,6 +935,23 @@ def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
     assert sum(p.numel() for p in saved.values()) == report["trainable_parameters"]
 
 
+def test_a_training_ends_with_samples_of_the_base_and_of_the_saved_adapter(
+        tiny_folder, tmp_path, capsys):
+    """Each as it is when generated alone."""
+    args = train.parse_args(tiny_flags(tiny_folder, tmp_path, "--steps", 2, "--lr", 0.1))
+    report, printed = train.train(args), capsys.readouterr().out
+    model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
+    ids = [BASE, flora.load_adapter(model, report["adapter_file"])]
+    for n, text in enumerate(train.load_texts(args)[1][:3]):
+        prompt = tokenizer.encode(text[text.find("\n", len(text) // 2) + 1:])[:16]
+        base, adapter = (
+            tokenizer.decode(generate.generate(model, [prompt], [i], max_new_tokens=40, temperature=0.8,
+                                               seed=args.seed + 2 * n + j)[0], continues=True)
+            for j, i in enumerate(ids))
+        assert (f"=== held out\n{tokenizer.decode(prompt)}\n--- base\n{base}\n"
+                f"--- adapter\n{adapter}\n") in printed
+
+
 def start_train(*args, launcher=()):
     return subprocess.Popen([sys.executable, *launcher, str(HERE / "train.py"), *tiny_flags(*args)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

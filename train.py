@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 import flora
 from flora import BadInput, write_json
+from generate import generate, new_text
 from model import (EMBEDDED, GPT, JSON, Tokenizer, adapter_digest, add_common_flags, base_digest,
-                   check_numbers, check_writable, difference, digest, get_device, locked,
-                   model_class, read_config, run_main, write_each)
+                   check_numbers, check_writable, describe_machine, describe_run, difference,
+                   digest, get_device, locked, model_class, read_config, run_main, write_each)
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 # torchrun's: this process's number and how many there are; without torchrun there is one.
@@ -527,7 +528,10 @@ def train_adapter(args, device, texts, checkpoint):
     """Freeze the base and train one new adapter of it."""
     model, tokenizer = load_base(args, device, getattr(torch, args.dtype))
     model.requires_grad_(False)
-    return add_and_fit(args, model, tokenizer, texts, checkpoint)
+    report = add_and_fit(args, model, tokenizer, texts, checkpoint)
+    if RANK == 0:
+        show_samples(args, model, tokenizer, texts[1], report["adapter_file"])
+    return report
 
 
 def add_and_fit(args, model, tokenizer, texts, checkpoint, **how):
@@ -588,6 +592,7 @@ def make_report(args, model, parameters, data, log, rate):
     """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
     before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
     return dict(
+        run=describe_run(), machine=describe_machine(model.wte.weight.device),
         adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
         targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
         batch_size=args.batch_size, block_size=args.block_size,
@@ -633,8 +638,26 @@ def finish(args, report, hint, save):
     files = {str(Path(args.out, "log.json")), args.json} - {None}
     write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
     say(f"saved {report['adapter_file'] or args.out}; try it:\n"
-        f"  python generate.py {hint} --prompt 'namespace at {{'")
+        f"  python generate.py {hint} --prompt 'namespace at {{' --temperature 0.8")
     return report
+
+
+def show_samples(args, model, tokenizer, heldout, adapter_file):
+    """Print how the base and the saved adapter go on in the middle of three held-out texts (many
+    begin alike), by sampling. All are rows of one batch."""
+    given, new = min(32, args.block_size // 2), 40   # tokens
+    middles = [text[text.find("\n", len(text) // 2) + 1:] for text in heldout[:3]]
+    prompts = [tokenizer.encode(text, bos=True)[:given] for text in middles]
+    rows = [prompt for prompt in prompts for _ in ("base", "adapter")]
+    ids = [flora.BASE, flora.load_adapter(model, adapter_file)] * len(prompts)
+    texts = generate(model, rows, ids, max_new_tokens=new, temperature=0.8, seed=args.seed,
+                     eos_id=tokenizer.eos_ids)
+    texts = [new_text(tokenizer, text) for text in texts]
+    say(f"\nbase and adapter go on, sampled at temperature 0.8 with seed {args.seed}; look at "
+        "which language each\nwrites (a model as small as the embedded one makes no sense in any):")
+    for prompt, base, adapter in zip(prompts, texts[::2], texts[1::2]):
+        say(f"\n=== held out\n{tokenizer.decode(prompt)}\n"
+            f"--- base\n{base}\n--- adapter\n{adapter}")
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -24,8 +24,10 @@ from peft import HiraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import flora
+from extras.results import hira_peers as table_of
+from flora import write_json
 from generate import Engine
-from model import GPT, run_main
+from model import GPT, JSON, check_writable, describe_machine, describe_run, run_main
 
 
 def write_folders(base, folder, n, rank):
@@ -98,14 +100,19 @@ def compare(args):
 
 
 def report(args, tokens, seconds):
-    print(f"{args.adapters} HiRAs of rank {args.rank}, {args.prompt} + {args.new} tokens each, "
-          f"{torch.get_num_threads()} threads, {args.repeats} repeats")
-    work = args.adapters * args.new
+    """Print the table, and write it to --json."""
+    work, rows = args.adapters * args.new, []
     for name, times in seconds.items():
         same = sum(ours == theirs for ours, theirs in zip(tokens["ours"], tokens[name]))
-        print(f"{name:14s}{work / statistics.median(times):8.1f} tokens/s "
-              f"[{work / max(times):.1f}, {work / min(times):.1f}]   "
-              f"{same} of {args.adapters} requests with our tokens")
+        rows.append(dict(name=name, same=same, tokens_per_second=work / statistics.median(times),
+                         tokens_per_second_min=work / max(times),
+                         tokens_per_second_max=work / min(times)))
+    data = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")), rows=rows)
+    data |= {name: getattr(args, name) for name in ("adapters", "rank", "prompt", "new", "repeats")}
+    print(f"{args.adapters} HiRAs of rank {args.rank}, {args.prompt} + {args.new} tokens each, "
+          f"{args.repeats} repeats\n{table_of(data)}")
+    if args.json:
+        write_json(args.json, data)
 
 
 def main():
@@ -119,7 +126,10 @@ def main():
     add("--new", type=int, default=32, help="tokens")
     add("--repeats", type=int, default=3)
     add("--seed", type=int, default=0)
-    compare(parser.parse_args())
+    add("--json", metavar="FILE")
+    args = parser.parse_args()
+    check_writable(args.json, "--json", JSON, make_folder=True)
+    compare(args)
 
 
 if __name__ == "__main__":

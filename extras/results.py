@@ -3,21 +3,26 @@
   python -m extras.results           write the tables anew, each in its place
   python -m extras.results --check   say which differ from their data, exit with 2
 
-A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them is
-made by the function of TABLES from one file, which the command named in it wrote with --json. So no
-number in a table is typed, and extras/tests/test_results.py fails where one was.
+A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them
+is made by the function of TABLES from its files, which the command named in each wrote with --json.
+So no number in a table is typed, and extras/tests/test_results.py fails where one was.
+
+`<!-- old table NAME -->` marks a table that was measured before there were such files. It stays as
+it is until the last of its files is there; from then on it is a place like any other.
 """
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
+from bench import tell_rank
 from flora import BadInput, open_output, read_json
 from model import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "extras" / "results"
 TEXTS = [ROOT / "README.md", ROOT / "extras" / "RESULTS.md"]
-PLACE = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PLACE = re.compile(r"<!-- (?P<old>old )?table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def markdown(head, rows):
@@ -26,18 +31,34 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def caption(data):
-    """By which command, on what and when."""
-    run, machine = data["run"], data["machine"]
-    return (f"`{run['command']}`: {machine['threads']} threads of {machine['gpu'] or machine['cpu']}, "
-            f"torch {machine['torch']}, {run['date']}, commit {run['commit']}.")
+def caption(*files):
+    """By which commands, on what and when; commands that share the rest stand in one sentence."""
+    commands = {}
+    for data in files:
+        run, machine = data["run"], data["machine"]
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        about = (f"{threads} of {machine['gpu'] or machine['cpu']}, torch {machine['torch']}, "
+                 f"{run['date']}, commit {run['commit']}.")
+        commands.setdefault(about, []).append(f"`{run['command']}`")
+    return "\n\n".join(f"{', '.join(mine)}: {about}" for about, mine in commands.items())
+
+
+def rows(*columns):
+    """-> what makes a table with a line for each of the rows of its files; a file without rows is
+    one. columns: (title, the form in which str.format puts the row's and its file's values)."""
+    def table(*files):
+        lines = [[form.format(**data | row) for _, form in columns]
+                 for data in files for row in data.get("rows", [data])]
+        return markdown([title for title, _ in columns], lines)
+    return table
 
 
 # --------------------------------------------------------------------------- results of bench.py
 
 
-NAMES = {   # of bench.py's rows
-    "base": "base", "ia3": "IA3", "flora": "FLoRA", "flora-eq6": "FLoRA, Eq. 6 alone",
+NAMES = {   # of kinds, of bench.py's rows and of table1's columns
+    "base": "base", "ia3": "IA3", "flora": "FLoRA", "lora": "LoRA", "hira": "HiRA", "ffba": "FFBA",
+    "ia3-c_attn": "IA3 on `c_attn`", "flora-eq6": "FLoRA, Eq. 6 alone",
     "lora-token": "LoRA, bmm, adapters gathered per token (the paper's)",
     "lora-example": "LoRA, bmm per example", "lora-masked": "LoRA, one dense matmul and a mask"}
 
@@ -100,16 +121,81 @@ def layer(data):
     return "\n\n".join(tables)
 
 
-# ------------------------------------------------------------------- results of table1 and of toys
+def inflection(*files):
+    """Eq. 7's inflection rank, predicted from the measured c1 and c2, beside the measured ones."""
+    names = list(files[0]["eq7"]["measured"])
+    lines = []
+    for data in files:
+        p, measured = data["eq7"]["predicted"], data["eq7"]["measured"]
+        ranks = [p["inflection_rank"], *(measured[name] for name in names)]
+        cells = [tell_rank(float("inf") if rank is None else rank, data) for rank in ranks]
+        lines.append([data["model"]["name"], f"{p['d']}, {p['k']}", f"{p['c1']:.2e}",
+                      f"{p['c2']:.2e}", *cells])
+    return markdown(["", "d, k", "c1, s", "c2, s", "Eq. 7",
+                     *(f"measured against {NAMES[name]}" for name in names)], lines)
 
 
-def accuracy(data):
-    """Mean ± standard deviation over the seeds, a row for each language."""
-    rows = data["table"]
-    columns = list(next(iter(rows.values())))
-    lines = [[name, *(f"{row[c]['mean']:.4f}" + (f" ± {row[c]['spread']:.4f}" if c != "base" else "")
-                      for c in columns)] for name, row in rows.items()]
-    return markdown(["", *columns], lines)
+def one_request(data):
+    """Mode token: one request alone, a line for each row."""
+    lines = [[row["what"], row["rank"] or "", f"{row['parameters']:,}" if row["rank"] else "",
+              f"{1e3 * row['seconds_per_output_token_mean']:.2f}", share(row), speed(row)]
+             for row in data["rows"]]
+    head = ["", "rank", "parameters", "ms per token", "of the base's tokens/s", "tokens/s"]
+    return markdown(head, lines)
+
+
+# -------------------------------------------------------- results of train.py, table1, toys, passk
+
+
+def name_of(method):
+    """"flora-r4" -> "FLoRA r4"."""
+    kind, _, rank = method.partition("-")
+    return NAMES.get(method) or f"{NAMES[kind]} {rank}"
+
+
+def accuracy(data, methods=None):
+    """Mean ± standard deviation over the seeds, a line for each language and a column for each
+    method, or each of those named, with its number of parameters."""
+    first = next(iter(data["table"].values()))
+    methods = methods or [method for method in first if method != "base"]
+    head = [f"{name_of(method)}: {first[method]['parameters']:,}" for method in methods]
+    lines = [[language, f"{row['base']['mean']:.4f}",
+              *(f"{row[method]['mean']:.4f} ± {row[method]['spread']:.4f}" for method in methods)]
+             for language, row in data["table"].items()]
+    return markdown(["parameters", "base", *head], lines)
+
+
+def trainings(*reports):
+    """Runs of train.py, a line each."""
+    lines = []
+    for r in reports:
+        precision = f"{r['dtype']}, base in {r['quantize']}" if r["quantize"] else r["dtype"]
+        lines.append([f"{NAMES[r['adapter']]} r{r['rank']}", f"`{' '.join(r['targets'])}`",
+                      f"{r['trainable_parameters']:,}", f"{r['lr']:g}", precision,
+                      f"{r['heldout_bpb_before']:.4f} → {r['heldout_bpb_after']:.4f}",
+                      f"{r['heldout_loss_after']:.4f}", f"{r['seconds']:.0f}",
+                      f"{r['tokens_per_second'] or 0:.0f}",
+                      f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"])
+    return markdown(["", "on", "parameters", "rate", "in", "held-out bits per byte",
+                     "nats per token", "seconds", "tokens/s", "peak memory"], lines)
+
+
+bases = rows(   # trainings of a base model
+    ("parameters", "{total_parameters:,}"), ("tokens seen", "{tokens_seen:,}"),
+    ("steps", "{steps:,}"), ("rate", "{lr:g}"), ("in", "{dtype}"), ("seconds", "{seconds:,.0f}"),
+    ("held-out bytes", "{heldout_bytes:,}"), ("nats per token", "{heldout_loss_after:.4f}"),
+    ("bits per byte", "{heldout_bpb_after:.4f}"))
+copies = rows(   # of LoRAs, by train.py --from-lora
+    ("FLoRA rank", "{rank}"), ("fitted in", "{fit_seconds:.1f} s"),
+    ("relative error of the weights", "{fit_error:.3f}"), ("steps after it", "{steps}"),
+    ("seconds", "{seconds:.0f}"), ("nats per token", "{heldout_loss_after:.4f}"),
+    ("the LoRA's", "{heldout_loss_teacher:.4f}"), ("of the LoRA's gain", "{share_of_gain:.1%}"))
+passed = rows(   # pass@1, by passk
+    ("problems", "{file}"), ("adapter", "{settings[adapter]}"), ("number", "{problems}"),
+    ("programs", "{samples}"), ("pass@1 ± standard error", "{pass@1:.4f} ± {±1:.4f}"))
+judged = rows(   # completions that were given to passk
+    ("problems", "{file}"), ("completions", "{samples}"), ("passed", "{passed}"),
+    ("failed", "{failed}"), ("out of time", "{timeout}"))
 
 
 def rates(data):
@@ -188,10 +274,17 @@ def many(data):
                      "peak memory"], lines)
 
 
+hira_peers = rows(
+    ("", "{name}"),
+    ("tokens/s",
+     "{tokens_per_second:.0f} [{tokens_per_second_min:.0f}–{tokens_per_second_max:.0f}]"),
+    ("requests with our tokens", "{same} of {adapters}"))
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
-TABLES = {   # name in the text: (file in extras/results/, what makes the table of it)
+TABLES = {   # name in the text: (files in extras/results/, what makes the table of them)
     "fig2-throughput": ("fig2_1b.json", throughput),
     "fig2-shares": ("fig2_1b.json", throughput_shares),
     "fig2-latency": ("fig2_1b.json", latency),
@@ -205,21 +298,55 @@ TABLES = {   # name in the text: (file in extras/results/, what makes the table 
     "engine": ("engine.json", engine),
     "engine-one": ("engine_one.json", engine),
     "engine-embedded": ("engine_embedded.json", engine),
+    "losses": ("table1.json", accuracy),
+    "rates": ("table1.json", rates),
+    "learning": ("table1.json", partial(accuracy, methods=[
+        "flora-r1", "lora-r1", "flora-r4", "lora-r4", "ia3"])),
+    "defaults": ("default_flora.json default_lora.json default_ia3.json default_lora_1e-4.json",
+                 trainings),
+    "judged": ("judged.json", judged),
+    "toys": ("toys.json", accuracy),
+    "smollm2": ("smollm2.json", accuracy),
+    "smollm2-rates": ("smollm2.json", rates),
+    "humaneval": ("smollm2_humaneval.json", passed),
+    "int8": ("plain_flora.json plain_lora.json int8_flora.json int8_lora.json", trainings),
+    "cost": ("fig2.json", throughput),
+    "throughput": ("fig2.json", throughput),
+    "eq7": ("fig2.json", inflection),
+    "latency": ("fig2.json", latency),
+    "projection": ("layer.json", layer),
+    "starcoder-cpu": ("starcoder_cpu.json", throughput),
+    "llama-cpu": ("llama_cpu.json", throughput),
+    "families": ("starcoder_cpu.json llama_cpu.json", inflection),
+    "copies": ("copy_r1_0.json copy_r2_0.json copy_r4_0.json copy_r8_0.json copy_r1_100.json "
+               "copy_r2_100.json copy_r4_100.json copy_r8_100.json", copies),
+    "no-copies": ("default_lora_bf16.json scratch_r1.json scratch_r4.json", trainings),
+    "one-request": ("token.json", one_request),
+    "one-request-768": ("token_768.json", one_request),
+    "hira-peers": ("peers_hira.json", hira_peers),
+    "places": ("place_k.json place_qk.json place_c_attn.json place_mlp.json place_all.json",
+               trainings),
+    "base": ("base.json", bases),
+    "programs": ("programs_py.json programs_pl.json programs_js.json programs_sh.json", passed),
 }
 
 
-def render(name):
-    """A place with its table, as it must stand in the text."""
+def render(place):
+    """A match of PLACE -> it with its table, as it must stand in the text."""
+    name = place["name"]
     if name not in TABLES:
         raise BadInput(f"<!-- table {name} -->: there is no such table; use one of "
                        f"{', '.join(TABLES)}")
-    file, table = TABLES[name]
-    data = read_json(DATA / file)
-    return f"<!-- table {name} -->\n{table(data)}\n\n{caption(data)}\n<!-- end -->"
+    names, table = TABLES[name]
+    files = [DATA / file for file in names.split()]
+    if place["old"] and not all(file.exists() for file in files):
+        return place[0]
+    data = [read_json(file) for file in files]
+    return f"<!-- table {name} -->\n{table(*data)}\n\n{caption(*data)}\n<!-- end -->"
 
 
 def rendered(text):
-    return PLACE.sub(lambda place: render(place["name"]), text)
+    return PLACE.sub(render, text)
 
 
 def main():

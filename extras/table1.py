@@ -25,10 +25,9 @@ import torch
 from tqdm import tqdm
 
 import train
-from bench import describe_machine, describe_run
 from flora import BadInput, read_json, write_json
-from model import (PNG, add_common_flags, check_writable, difference, run_main, save_figure,
-                   write_each)
+from model import (PNG, add_common_flags, check_writable, describe_machine, describe_run,
+                   difference, run_main, save_figure, write_each)
 
 TRAIN = train.__file__
 WITH_PARENT = str(Path(__file__).with_name("with_parent.py"))

@@ -1,9 +1,11 @@
 """Tables in the texts are made from data, and a text that says otherwise is found."""
+import json
+
 import pytest
 
-from extras import results
-from flora import BadInput, write_json
-from test_flora import run_script
+from extras import passk, results, toy_problems
+from flora import BadInput, read_json, write_json
+from test_flora import run_script, run_train
 
 ABOUT = dict(run=dict(command="python bench.py", commit="abc", date="2026-11-25"),
              machine=dict(cpu="a CPU", gpu=None, threads=2, torch="2.13.0"))
@@ -17,15 +19,25 @@ def bench_row(name, rank, mode, speed, **more):
                 seconds_per_output_token_p99=2 / speed, **more)
 
 
-BENCH = ABOUT | dict(rows=[
+EQ7 = dict(eq7=dict(predicted=dict(d=256, k=384, c1=2.85e-9, c2=3.65e-11, inflection_rank=2.0),
+                    measured={"lora-token": 1.8, "lora-example": None}),
+           model=dict(name="base"), workload=dict(ranks=[1, 8]))
+BENCH = ABOUT | EQ7 | dict(rows=[
     bench_row(name, rank, mode, speed, **more)
     for mode, more in [("throughput", {}), ("latency", {"request_rate": 8.0}),
                        ("layer", {"tokens": 1, "batch": 8})]
     for name, rank, speed in [("base", None, 1000.0), ("ia3", 0.5, 900.0), ("flora", 1, 980.0),
                               ("flora", 8, 400.0), ("lora-token", 1, 800.0), ("lora-token", 8, 700.0)]])
+ALONE = ABOUT | dict(rows=[   # --mode token
+    bench_row(name, rank, "token", speed, what=f"row {name}", parameters=parameters)
+    for name, rank, speed, parameters in [("base", None, 400.0, 0), ("ffba", 5, 320.0, 12288)]])
 ACCURACY = ABOUT | dict(
-    table={"cpp": {"base": dict(mean=3.0, spread=0.0), "flora-r1": dict(mean=2.5, spread=0.1)}},
+    table={"cpp": {"base": dict(mean=3.0, spread=0.0),
+                   "flora-r1": dict(mean=2.5, spread=0.1, parameters=3840),
+                   "ia3-c_attn": dict(mean=2.6, spread=0.2, parameters=2304)}},
     sweep={"flora-r1": {"0.02": 2.6, "0.04": 2.5}})
+HIRA = ABOUT | dict(adapters=32, rows=[dict(name="ours", same=32, tokens_per_second=3187.0,
+                                            tokens_per_second_min=1119.0, tokens_per_second_max=3622.0)])
 WHISPER = ABOUT | dict(
     steps=80, batch_size=6, dtype="bfloat16", rates={"flora-r1": 0.01},
     base={"cs": dict(clips=188, words=1200, wer=75.0, wer_normalised=71.0, cer=28.0)},
@@ -34,14 +46,36 @@ WHISPER = ABOUT | dict(
         dict(wer=60.0, wer_normalised=55.0, cer=19.0, seconds=300.0).items()})}})
 
 
+@pytest.fixture(scope="module")
+def measured(tiny_folder, tmp_path_factory):
+    """What train.py and passk write: {name: data}."""
+    folder, tasks = tmp_path_factory.mktemp("measured"), toy_problems.make_tasks()[0][:2]
+    problems = [toy_problems.render("py", *task, str(i)) for i, task in enumerate(tasks)]
+    (folder / "py.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    lora = run_train(tiny_folder, folder / "lora", "--adapter", "lora", "--steps", 2)
+    copy = run_train(tiny_folder, folder / "copy", "--from-lora", lora["adapter_file"], "--steps", 1)
+    passk.run(passk.parse_args([
+        str(folder / "py.jsonl"), "--weights", str(tiny_folder), "--samples", "1", "--max-new-tokens", "4",
+        "--results", str(folder / "r.jsonl"), "--json", str(folder / "passk.json"), "--i-trust-the-code"]))
+    return dict(lora=lora, copy=copy, passk=read_json(folder / "passk.json"))
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch):
+def project(measured, tmp_path, monkeypatch):
     """A text with one place for each kind of table, filled by main()."""
+    lora, copy = measured["lora"], measured["copy"]
     kinds = [(results.throughput, BENCH), (results.throughput_shares, BENCH), (results.latency, BENCH),
-             (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY), (results.speech, WHISPER)]
-    tables = {f"t{i}": (f"{i}.json", make) for i, (make, _) in enumerate(kinds)}
-    for (file, _), (_, data) in zip(tables.values(), kinds):
-        write_json(tmp_path / file, data)
+             (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY),
+             (results.speech, WHISPER), (results.inflection, BENCH), (results.one_request, ALONE),
+             (results.trainings, lora, copy), (results.copies, copy), (results.bases, lora),
+             (results.passed, measured["passk"]), (results.judged, measured["passk"]),
+             (results.hira_peers, HIRA)]
+    tables = {}
+    for i, (make, *files) in enumerate(kinds):
+        names = [f"{i}-{j}.json" for j in range(len(files))]
+        tables[f"t{i}"] = " ".join(names), make
+        for name, data in zip(names, files):
+            write_json(tmp_path / name, data)
     text = tmp_path / "TEXT.md"
     text.write_text("Before.\n" + "\n".join(f"<!-- table {name} -->\n<!-- end -->" for name in tables))
     for name, value in dict(DATA=tmp_path, TEXTS=[text], TABLES=tables).items():
@@ -57,18 +91,36 @@ def test_every_table_in_the_texts_is_that_of_its_data():
 
 
 def test_every_file_of_data_has_a_table_and_every_table_a_place():
-    files = {file for file, _ in results.TABLES.values()}
-    assert files == {file.name for file in results.DATA.glob("*.json")}
+    files = {file for names, _ in results.TABLES.values() for file in names.split()}
+    assert files >= {file.name for file in results.DATA.glob("*.json")}
     places = [place["name"] for file in results.TEXTS
               for place in results.PLACE.finditer(file.read_text())]
     assert set(places) == set(results.TABLES)
 
 
-def test_tables_hold_the_data_and_name_command_and_machine(project):
-    text = project.read_text()
+def test_an_old_table_stays_until_all_of_its_data_is_there(project, monkeypatch):
+    old = "<!-- old table t9 -->\n1.1x\n<!-- end -->"
+    (results.DATA / "9-1.json").rename(results.DATA / "later")
+    assert results.rendered(old) == old
+    with pytest.raises(BadInput, match="9-1.json: no such file"):
+        results.rendered(old.replace("old ", ""))
+    (results.DATA / "later").rename(results.DATA / "9-1.json")
+    assert results.rendered(old) == results.rendered("<!-- table t9 -->\n<!-- end -->") != old
+
+
+def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
+    text, lora, copy = project.read_text(), measured["lora"], measured["copy"]
     for part in ["Before.", "980 [979–981]", "| FLoRA | 0.98 | 0.40 |", "1.0 / 2.0",
                  "8 examples of 1 tokens, the base 1000 [999–1001] rows/s", "2.5000 ± 0.1000",
                  "0.02: 2.6000, 0.04: 2.5000", "`python bench.py`: 2 threads of a CPU", "commit abc",
+                 "| parameters | base | FLoRA r1: 3,840 | IA3 on `c_attn`: 2,304 |",
+                 "| base | 256, 384 | 2.85e-09 | 3.65e-11 | 2.0 | 1.8 | none up to rank 8 |",
+                 "| row ffba | 5 | 12,288 | 3.12 | 0.32 | 320.0 [319.0–321.0] |",
+                 f"| LoRA r1 | `c_attn` | {lora['trainable_parameters']} | 0.001 | float32 | "
+                 f"{lora['heldout_bpb_before']:.4f} → {lora['heldout_bpb_after']:.4f} |",
+                 f"| {100 * copy['share_of_gain']:.1f}% |", f"{copy['run']['command']}`, `",
+                 "| py.jsonl | none | 2 | 2 | 0.0000 ± 0.0000 |",
+                 "| py.jsonl | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
                  "| base |  |  | 75.0 | 71.0 | 28.0 |  |",
                  "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 300 |"]:
         assert part in text, part
@@ -80,7 +132,7 @@ def test_a_number_changed_in_a_text_or_in_its_data_is_found(damage, project, mon
     if damage == "text":
         project.write_text(project.read_text().replace("980 [979–981]", "990 [979–981]"))
     else:
-        write_json(results.DATA / "0.json", BENCH | dict(rows=BENCH["rows"][:5]))
+        write_json(results.DATA / "0-0.json", BENCH | dict(rows=BENCH["rows"][:5]))
     with pytest.raises(SystemExit) as stop:
         run_script(results.main, ["results", "--check"], monkeypatch)
     assert stop.value.code == 2
@@ -91,5 +143,5 @@ def test_wrong_flags_and_unknown_tables_are_refused(project, monkeypatch, capsys
     with pytest.raises(SystemExit):
         run_script(results.main, ["results", "--chek"], monkeypatch)
     assert "--chek: the only flag is --check" in capsys.readouterr().err
-    with pytest.raises(BadInput, match="<!-- table t9 -->: there is no such table; use one of t0, t1"):
-        results.rendered("<!-- table t9 -->\n<!-- end -->")
+    with pytest.raises(BadInput, match="<!-- table t99 -->: there is no such table; use one of t0, t1"):
+        results.rendered("<!-- table t99 -->\n<!-- end -->")

@@ -1,0 +1,81 @@
+"""python -m extras.demo: its programs are those of its adapters, and its verdicts those of their tests."""
+import shutil
+
+import pytest
+
+import flora
+from extras import demo, toy_problems
+from extras.tests.test_languages import needs
+from flora import BASE, BadInput
+from generate import generate
+from model import GPT, PNG, Tokenizer
+from test_flora import random_adapter, run_script
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path, monkeypatch):
+    """A random base with random adapters, in the place of the embedded one."""
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    model = GPT.from_pretrained(tiny_folder)
+    (tmp_path / "base" / "adapters").mkdir()
+    for name in ("perl", "javascript", "bash"):
+        file = tmp_path / "base" / "adapters" / f"{name}.safetensors"
+        flora.save_adapter(model, random_adapter(model, "flora"), str(file))
+    monkeypatch.setattr(demo, "EMBEDDED", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+def test_the_programs_of_one_batch_are_those_of_each_request_alone(folder, monkeypatch, capsys):
+    for language in demo.ROWS:
+        needs(language)
+    run_script(demo.main, ["demo", "--task", "3", "--png", folder / "figure.png"], monkeypatch)
+    printed = capsys.readouterr().out
+    model, tokenizer = GPT.from_pretrained(folder), Tokenizer(folder)
+    tasks = toy_problems.make_tasks()[0]
+    for language, (_, adapter) in demo.ROWS.items():
+        i = flora.load_adapter(model, demo.find(language, adapter)) if adapter else BASE
+        prompt = demo.problem_of(language, *tasks[3]).prompt.rstrip()
+        [ids] = generate(model, [tokenizer.encode(prompt)], [i], max_new_tokens=demo.NEW)
+        text = prompt.split("\n")[-1 if adapter else 0] + tokenizer.decode(ids, continues=True)
+        assert text.split("\n")[0].rstrip() in printed   # the task's line stands above all
+    assert printed.count("does not pass its tests") == 4 and "tokens/s as one batch" in printed
+    assert (folder / "figure.png").read_bytes().startswith(PNG)
+
+
+def test_verdicts_are_those_of_the_tests(monkeypatch):
+    needs("sh")
+    task = toy_problems.make_tasks()[0][0]
+    problem, solved = demo.problem_of("sh", *task), toy_problems.render("sh", *task, "")
+    text = "\n" + solved["canonical_solution"] + "\n}\n\n# Add"
+    assert demo.verdict(problem, text) == "passes its tests"
+    told = problem.prompt.split("\n")[0].strip("# ")
+    assert demo.shown(told, problem, text) == (
+        'f() {\n    local x="$1"\n' + solved["canonical_solution"] + "\n}")
+    assert demo.verdict(problem, "") == "does not pass its tests (failed)"
+
+    def missing(language):
+        raise BadInput("no bash")
+
+    monkeypatch.setattr(demo, "interpreter_of", missing)
+    assert demo.verdict(problem, "") == "not run: no bash here"
+
+
+def test_programs_with_dollars_are_drawn_as_they_are(tmp_path):
+    texts = dict.fromkeys(demo.ROWS, 'x=$(echo "$x" | rev)\n$x')
+    demo.draw(str(tmp_path / "figure.png"), "Reverse.", texts, dict.fromkeys(demo.ROWS, "passes"))
+    assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
+
+
+def test_texts_of_several_heights_stand_side_by_side():
+    assert demo.side_by_side(["a\nbcd", "e\nf\n\ng\n"]) == "a     e\nbcd   f\n\n      g"
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--task", "48"], "--task 48: there are tasks 0 to 47"),
+    ([], "javascript.safetensors: no such adapter; copy out/javascript/adapter.safetensors there "
+         "after: python -m extras.toy_problems out/problems --more ")])
+def test_what_cannot_be_shown_is_refused_in_a_sentence(flags, sentence, folder, monkeypatch, capsys):
+    (folder / "adapters" / "javascript.safetensors").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run_script(demo.main, ["demo", *flags], monkeypatch)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
