@@ -945,9 +945,9 @@ def test_a_training_ends_with_samples_of_the_base_and_of_the_saved_adapter(
     for n, text in enumerate(train.load_texts(args)[1][:3]):
         prompt = tokenizer.encode(text[text.find("\n", len(text) // 2) + 1:])[:16]
         base, adapter = (
-            tokenizer.decode(generate.generate(model, [prompt], [i], max_new_tokens=40, temperature=0.8,
-                                               seed=args.seed + 2 * n + j)[0], continues=True)
-            for j, i in enumerate(ids))
+            generate.generate(model, [prompt], [i], max_new_tokens=40, temperature=0.8,
+                              seed=args.seed + 2 * n + j)[0] for j, i in enumerate(ids))
+        base, adapter = (tokenizer.decode(text, continues=True) for text in (base, adapter))
         assert (f"=== held out\n{tokenizer.decode(prompt)}\n--- base\n{base}\n"
                 f"--- adapter\n{adapter}\n") in printed
 
