@@ -212,6 +212,12 @@ def rates(data):
 # ------------------------------------------------------------------------------ results of whisper
 
 
+def percent(found):
+    """Mean ± standard deviation; the mean alone of one seed."""
+    spread = f" ± {found['spread']:.1f}" if len(found["seeds"]) > 1 else ""
+    return f"{found['mean']:.1f}{spread}"
+
+
 def speech(data):
     """Error rates in percent, mean ± standard deviation over the seeds, a table for each language."""
     tables = []
@@ -220,13 +226,12 @@ def speech(data):
         lines = [["base", "", "", f"{base['wer']:.1f}", f"{base['wer_normalised']:.1f}",
                   f"{base['cer']:.1f}", ""]]
         for method, row in methods.items():
-            cells = [f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}"
-                     for key in ("wer", "wer_normalised", "cer")]
+            cells = [percent(row[key]) for key in ("wer", "wer_normalised", "cer")]
             lines.append([method, f"{data['rates'][method]:g}", f"{row['parameters']:,}", *cells,
                           f"{row['seconds']['mean']:.0f}"])
         seeds = len(next(iter(methods.values()))["wer"]["seeds"])
         tables.append(f"{language}: {base['clips']} clips, {base['words']} words; {data['steps']} "
-                      f"steps of {data['batch_size']} clips, {data['dtype']}, {seeds} seeds\n\n" +
+                      f"steps of {data['batch_size']} clips, {data['dtype']}, seeds: {seeds}\n\n" +
                       markdown(["", "rate", "parameters", "raw WER", "normalised WER", "CER",
                                 "training, s"], lines))
     return "\n\n".join(tables)
@@ -298,6 +303,8 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "engine": ("engine.json", engine),
     "engine-one": ("engine_one.json", engine),
     "engine-embedded": ("engine_embedded.json", engine),
+    "whisper": ("whisper.json", speech),
+    "whisper-synthetic": ("whisper_synthetic.json", speech),
     "losses": ("table1.json", accuracy),
     "rates": ("table1.json", rates),
     "learning": ("table1.json", partial(accuracy, methods=[

@@ -42,7 +42,7 @@ WHISPER = ABOUT | dict(
     steps=80, batch_size=6, dtype="bfloat16", rates={"flora-r1": 0.01},
     base={"cs": dict(clips=188, words=1200, wer=75.0, wer_normalised=71.0, cer=28.0)},
     table={"cs": {"flora-r1": dict(parameters=135168, **{
-        key: dict(mean=mean, spread=0.5, seeds=[mean]) for key, mean in
+        key: dict(mean=mean, spread=0.5, seeds=[mean - 0.5, mean + 0.5]) for key, mean in
         dict(wer=60.0, wer_normalised=55.0, cer=19.0, seconds=300.0).items()})}})
 
 
