@@ -1,5 +1,6 @@
 """Tables in the texts are made from data, and a text that says otherwise is found."""
 import json
+import re
 
 import pytest
 
@@ -88,6 +89,12 @@ def test_every_table_in_the_texts_is_that_of_its_data():
     for file in results.TEXTS:
         text = file.read_text()
         assert results.rendered(text) == text, f"{file.name}: run python -m extras.results"
+
+
+def test_no_data_names_a_home_folder_of_the_machine_that_measured_it():
+    found = [file.name for file in results.DATA.glob("*.json")
+             if re.search(r"/(root|home|Users)/", file.read_text())]
+    assert not found
 
 
 def test_every_file_of_data_has_a_table_and_every_table_a_place():
