@@ -31,15 +31,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 import flora
-from bench import describe_machine, describe_run, install
+from bench import install
 from extras import llama_cpp
 from extras.int8 import quantize_int8
 from extras.peft import save_peft
 from extras.results import peers as table_of
 from flora import BadInput, write_json
 from generate import Engine
-from model import (GPT, JSON, check_numbers, check_writable, model_from_config, preset, read_config,
-                   run_main)
+from model import (GPT, JSON, check_numbers, check_writable, describe_machine, describe_run,
+                   model_from_config, preset, read_config, run_main)
 
 KINDS = ("flora", "lora")
 NAMES = {"flora": "FLoRA", "lora": "LoRA"}

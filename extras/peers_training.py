@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 import flora
 import train
-from bench import describe_machine, describe_run
 from extras import fast
-from extras.results import training as table_of
+from extras.results import beside_peft as table_of
 from flora import BadInput, write_json
-from model import GPT, JSON, check_numbers, check_writable, read_config, run_main
+from model import (GPT, JSON, check_numbers, check_writable, describe_machine, describe_run,
+                   read_config, run_main)
 
 ROWS = ["PEFT's LoRA", "LoRA", "FLoRA", "IA3", "LoRA --fast", "FLoRA --fast", "IA3 --fast"]
 WARM_UP = 2   # steps

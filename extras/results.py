@@ -43,7 +43,7 @@ def caption(*files):
     return "\n\n".join(f"{', '.join(mine)}: {about}" for about, mine in commands.items())
 
 
-def rows(*columns):
+def line_each(*columns):
     """-> what makes a table with a line for each of the rows of its files; a file without rows is
     one. columns: (title, the form in which str.format puts the row's and its file's values)."""
     def table(*files):
@@ -180,20 +180,20 @@ def trainings(*reports):
                      "nats per token", "seconds", "tokens/s", "peak memory"], lines)
 
 
-bases = rows(   # trainings of a base model
+bases = line_each(   # trainings of a base model
     ("parameters", "{total_parameters:,}"), ("tokens seen", "{tokens_seen:,}"),
     ("steps", "{steps:,}"), ("rate", "{lr:g}"), ("in", "{dtype}"), ("seconds", "{seconds:,.0f}"),
     ("held-out bytes", "{heldout_bytes:,}"), ("nats per token", "{heldout_loss_after:.4f}"),
     ("bits per byte", "{heldout_bpb_after:.4f}"))
-copies = rows(   # of LoRAs, by train.py --from-lora
+copies = line_each(   # of LoRAs, by train.py --from-lora
     ("FLoRA rank", "{rank}"), ("fitted in", "{fit_seconds:.1f} s"),
     ("relative error of the weights", "{fit_error:.3f}"), ("steps after it", "{steps}"),
     ("seconds", "{seconds:.0f}"), ("nats per token", "{heldout_loss_after:.4f}"),
     ("the LoRA's", "{heldout_loss_teacher:.4f}"), ("of the LoRA's gain", "{share_of_gain:.1%}"))
-passed = rows(   # pass@1, by passk
+passed = line_each(   # pass@1, by passk
     ("problems", "{file}"), ("adapter", "{settings[adapter]}"), ("number", "{problems}"),
     ("programs", "{samples}"), ("pass@1 ± standard error", "{pass@1:.4f} ± {±1:.4f}"))
-judged = rows(   # completions that were given to passk
+judged = line_each(   # completions that were given to passk
     ("problems", "{file}"), ("completions", "{samples}"), ("passed", "{passed}"),
     ("failed", "{failed}"), ("out of time", "{timeout}"))
 
@@ -240,7 +240,7 @@ def speech(data):
 # ----------------------------------------------------------------- results of the peers' programs
 
 
-def training(data):
+def beside_peft(data):
     """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory."""
     lines = [[f"{row['name']}, {row['dtype']}", speed(row), f"{row['ratio']:.2f}",
               f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"] for row in data["rows"]]
@@ -279,11 +279,11 @@ def many(data):
                      "peak memory"], lines)
 
 
-hira_peers = rows(
-    ("", "{name}"),
-    ("tokens/s",
-     "{tokens_per_second:.0f} [{tokens_per_second_min:.0f}–{tokens_per_second_max:.0f}]"),
-    ("requests with our tokens", "{same} of {adapters}"))
+def hira_peers(data):
+    """extras/peers_hira.py: tokens/s here and by PEFT, and how often PEFT's tokens are ours."""
+    lines = [[row["name"], speed(row), f"{row['same']} of {data['adapters']}"]
+             for row in data["rows"]]
+    return markdown(["", "tokens/s", "requests with our tokens"], lines)
 
 
 # ------------------------------------------------------------------------------------- the places
@@ -297,8 +297,8 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "layer-15b-one": ("layer_15b_one.json", layer),
     "layer-15b-long": ("layer_15b_long.json", layer),
     "peers": ("peers.json", peers),
-    "training": ("training.json", training),
-    "training-768": ("training_768.json", training),
+    "training": ("training.json", beside_peft),
+    "training-768": ("training_768.json", beside_peft),
     "many-smollm2": ("train_many_smollm2.json", many),
     "engine": ("engine.json", engine),
     "engine-one": ("engine_one.json", engine),

@@ -31,11 +31,10 @@ from tqdm import tqdm
 
 import flora
 import train
-from bench import describe_machine, describe_run
 from extras.results import many as table_of
 from extras.table1 import CORPORA
 from flora import BadInput, read_json, write_json
-from model import JSON, check_numbers, check_writable, run_main
+from model import (JSON, check_numbers, check_writable, describe_machine, describe_run, run_main)
 
 ONE_OR_EACH = ("adapter", "rank", "lr", "steps", "seed")   # flags of one value, or one per adapter
 

@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 import flora
 import train
-from bench import describe_machine, describe_run
 from extras.fast import keep_memory, pack_both_ways
 from extras.results import speech
 from extras.table1 import next_rates, over_seeds
@@ -38,8 +37,8 @@ from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend
                                   load_whisper, log_mel, read_audio, window_of, write_greedily)
 from flora import BASE, BadInput, open_file, read_json, write_json
 from generate import load_adapters, one_each
-from model import (JSON, base_digest, check_numbers, check_writable, difference, digest, get_device,
-                   read_config, run_main)
+from model import (JSON, base_digest, check_numbers, check_writable, describe_machine, describe_run,
+                   difference, digest, get_device, read_config, run_main)
 
 MODEL = Whisper   # model.py finds it by config.json's model_type
 
