@@ -111,11 +111,12 @@ def attend(q, k, v, mask=None, flash=True):
     return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
-def cached_attention(q, kv, kv_cache, where, flash):
+def cached_attention(q, kv, kv_cache, where, attend):
     """Attention of new tokens, q [B, T, H, D] and kv [B, T, 2, K, D], -> [B, T, H D].
 
     kv_cache [2, B, K, S, D] or None takes the new keys and values in place. Prefill (where.index
-    None) attends among the new tokens; decoding to all that each row has cached so far.
+    None) attends among the new tokens; decoding to all that each row has cached so far. attend:
+    the function of this name, or one like it.
     """
     B, T = q.shape[:2]
     if where.index is not None:
@@ -126,7 +127,7 @@ def cached_attention(q, kv, kv_cache, where, flash):
         if kv_cache is not None:
             kv_cache[:, :, :, :T] = kv
     k, v = kv
-    return attend(q.transpose(1, 2), k, v, where.mask, flash).transpose(1, 2).reshape(B, T, -1)
+    return attend(q.transpose(1, 2), k, v, where.mask).transpose(1, 2).reshape(B, T, -1)
 
 
 def activation(config):
@@ -140,7 +141,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, self.head_dim, self.flash = config.n_embd, config.head_dim, True
+        C, self.head_dim, self.attend = config.n_embd, config.head_dim, attend
         self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)
         self.c_proj = AdapterLinear(C, C)
 
@@ -148,7 +149,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, kv = self.c_attn(x, adapters).split([C, 2 * self.head_dim], dim=-1)
         q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
-        return self.c_proj(cached_attention(q, kv, kv_cache, where, self.flash), adapters)
+        return self.c_proj(cached_attention(q, kv, kv_cache, where, self.attend), adapters)
 
 
 class MLP(nn.Module):
@@ -305,7 +306,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             for part in block.children():
                 if isinstance(part, Attention):
-                    part.flash = flash
+                    part.attend = partial(attend, flash=flash)
 
     def pack(self):
         """Serve with packed weights where that is faster (extras/packed.py); not for training."""

@@ -553,6 +553,8 @@ def load_base(args, device, dtype):
 
 def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, **more):
     """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the report."""
+    if args.fast and loss is loss_of:
+        loss = flora.extra("fast", "--fast").speed_up(model, args)
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
     next_batch = partial(batch, data.tokens, args)
     heldout = partial(heldout_loss, model, data, adapter_id, args.dtype)
@@ -689,6 +691,8 @@ def add_loop_flags(add):
     add("--eval-every", type=int,
         help="steps between held-out losses and checkpoints (default: a tenth)")
     add("--compile", action="store_true", help="torch.compile")
+    add("--fast", action="store_true", help="on a CPU: faster and, up to rounding, the same "
+        "(extras/fast.py)")
     add("--gradient-checkpointing", action="store_true")
     add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora "
         "out/flora-rRANK-from-lora)")

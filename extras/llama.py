@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from flora import AdapterLinear, BadInput, check, is_a
-from model import GPT, Attention, GPTConfig, activation, cached_attention, check_supported
+from model import (GPT, Attention, GPTConfig, activation, attend, cached_attention,
+                   check_supported)
 
 
 @dataclass
@@ -83,7 +84,7 @@ class LlamaAttention(Attention):
 
     def __init__(self, config):
         nn.Module.__init__(self)
-        C, self.head_dim, self.flash = config.n_embd, config.head_dim, True
+        C, self.head_dim, self.attend = config.n_embd, config.head_dim, attend
         self.q_proj = AdapterLinear(C, config.n_head * self.head_dim, bias=False)
         self.k_proj = AdapterLinear(C, config.n_kv_head * self.head_dim, bias=False)
         self.v_proj = AdapterLinear(C, config.n_kv_head * self.head_dim, bias=False)
@@ -93,7 +94,7 @@ class LlamaAttention(Attention):
         q, k, v = (project(x, adapters).unflatten(-1, (-1, self.head_dim))
                    for project in (self.q_proj, self.k_proj, self.v_proj))    # [B, T, H or K, D]
         q, kv = rotate(q, *where.rope), torch.stack([rotate(k, *where.rope), v], dim=2)
-        return self.o_proj(cached_attention(q, kv, kv_cache, where, self.flash), adapters)
+        return self.o_proj(cached_attention(q, kv, kv_cache, where, self.attend), adapters)
 
 
 class LlamaMLP(nn.Module):
