@@ -7,6 +7,7 @@ OUT becomes a Hugging Face folder, for --weights of every script: the new model 
 OUT/unfinished, and takes the place of what OUT holds when it is complete. The embedded base (base/)
 was made by this, on Python's standard library.
 """
+import itertools
 import os
 import shlex
 import sysconfig
@@ -22,19 +23,34 @@ from flora import BadInput
 from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer
 
 LEARNING_RATE = 2e-3   # train.py's default --lr
+TOKENIZER_CHARACTERS = 20_000_000   # more text makes no better tokens, and takes gigabytes
+
+
+# Of the packages that the requirements install, those with Python in quantity
+PACKAGES = ["torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "matplotlib",
+            "mpl_toolkits", "PIL", "fontTools", "dateutil", "pyparsing", "packaging", "pluggy",
+            "_pytest", "setuptools", "tqdm"]
+# Tests, copies of other packages, tables of measurements, and Python that writes C++ or CUDA
+SKIPPED = {"test", "tests", "testing", "idle_test", "site-packages", "_vendor", "benchmarks",
+           "codegen", "_inductor", "hipify"}
 
 
 def default_files():
-    """Python's standard library without its tests: code that is on the machine already."""
-    stdlib = sysconfig.get_paths()["stdlib"]
-    skipped = {"test", "tests", "idle_test", "site-packages"}
-    return [file for file in train.find_files([stdlib], [".py"])
-            if not skipped & set(file.relative_to(stdlib).parts)]
+    """Python that is on the machine already: the standard library and PACKAGES, without tests."""
+    stdlib, site = Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parents[1]
+    places = {stdlib: stdlib}
+    places |= {site / name: site for name in PACKAGES if (site / name).is_dir()}
+    return [file for place, root in places.items() for file in train.find_files([place], [".py"])
+            if not SKIPPED & set(file.relative_to(root).parts)]
 
 
 def train_tokenizer(texts, file, vocab_size):
-    """Write a sentencepiece BPE model that keeps whitespace exactly and falls back to bytes."""
+    """Write a sentencepiece BPE model that keeps whitespace exactly and falls back to bytes.
+
+    It learns from as many entire texts, in their order, as make TOKENIZER_CHARACTERS."""
     import sentencepiece
+    sizes = itertools.accumulate(map(len, texts), initial=0)
+    texts = [text for text, before in zip(texts, sizes) if before < TOKENIZER_CHARACTERS]
     lines = (line for text in texts for line in text.splitlines(keepends=True))
     indents = ["\n" + " " * n for n in (2, 4, 6, 8, 12, 16, 20)]
     with flora.open_output(file) as f:
