@@ -2,11 +2,13 @@
 
   python train.py --adapter none --steps 4000 --n-layer 6 --n-embd 256 --vocab-size 4096
   python train.py --adapter none --weights base --data src/ --ext .lua
+  python -m extras.pretrain FILE       what it reads without --data, as a list for --data @FILE
 
 OUT becomes a Hugging Face folder, for --weights of every script: the new model is put together in
 OUT/unfinished, and takes the place of what OUT holds when it is complete. The embedded base (base/)
-was made by this, on Python's standard library.
+was made by this, on the Python that a fresh environment has; the list serves to mix it with more.
 """
+import argparse
 import itertools
 import os
 import shlex
@@ -20,7 +22,7 @@ import torch.distributed as dist
 import flora
 import train
 from flora import BadInput
-from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer
+from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer, run_main
 
 LEARNING_RATE = 2e-3   # train.py's default --lr
 TOKENIZER_CHARACTERS = 20_000_000   # more text makes no better tokens, and takes gigabytes
@@ -42,6 +44,15 @@ def default_files():
     places |= {site / name: site for name in PACKAGES if (site / name).is_dir()}
     return [file for place, root in places.items() for file in train.find_files([place], [".py"])
             if not SKIPPED & set(file.relative_to(root).parts)]
+
+
+def distinct_files():
+    """default_files() without near-duplicates, as train.py drops them."""
+    file_of = {}
+    for file in default_files():
+        for text in train.read_texts([file])[0]:
+            file_of.setdefault(text, file)
+    return [file_of[text] for text in train.drop_near_duplicates(file_of)]
 
 
 def train_tokenizer(texts, file, vocab_size):
@@ -128,3 +139,16 @@ def save_model(model, tokenizer, args):
     except OSError as e:
         raise BadInput(f"--out {args.out}: cannot be written ({e.strerror}); the new model is "
                        f"complete, or its files are in {folder}") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", metavar="FILE")
+    args = parser.parse_args()
+    with flora.open_output(args.list) as f:
+        f.write("".join(f"{file}\n" for file in distinct_files()).encode())
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -2,11 +2,13 @@
 import os
 import resource
 import shutil
+import sys
 
 import pytest
 
 import generate
 import train
+from extras import pretrain
 from flora import BadInput
 from model import GPT, Tokenizer
 from test_flora import HEADERS, check_training, check_two_processes
@@ -72,3 +74,14 @@ def test_a_base_trained_into_the_folder_of_a_model_replaces_it_at_the_end_all_at
                                        "model.safetensors", "tokenizer.model"]
     train.train(train.parse_args([*flags, "--resume"]))   # of a finished run: the same
     assert Tokenizer(out).vocab_size == 500
+
+
+def test_the_list_of_the_default_files_has_each_text_once(tmp_path, monkeypatch):
+    """So that --data @FILE with it, and with more, holds out the files that the default does."""
+    for name, text in dict(a="x = 1\n", b="x = 1\n", c="def f():\n    return\n", d="").items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(pretrain, "default_files", lambda: train.find_files([str(tmp_path)]))
+    monkeypatch.setattr(sys, "argv", ["pretrain", str(tmp_path / "list")])
+    pretrain.main()
+    found = (tmp_path / "list").read_text().splitlines()
+    assert found == [str(tmp_path / "a.py"), str(tmp_path / "c.py")]
