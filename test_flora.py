@@ -1193,7 +1193,7 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
      "tokens, fewer than --block-size 64; give more files"),
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
-    ("train", "--steps 0", "--steps is 0; use a whole number of at least 1"),
+    ("train", "--steps -1", "--steps is -1; use a whole number of at least 0"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z",
      "3 --adapter for 2 prompts"),

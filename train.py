@@ -689,7 +689,7 @@ def add_adapter_flags(add):
     add("--ffba-activation", choices=["identity", "block"], default="identity",
         help="between FFBA's halves: nothing, or the block's activation")
     add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this "
-        "LoRA, and train towards its predictions on --data (no labels); --steps 0 is the fit alone")
+        "LoRA, and train towards its predictions on --data (no labels)")
     add("--n-layer", type=int, default=6,
         help="size of a base model from scratch, with --n-head --n-embd --vocab-size")
     add("--n-head", type=int, default=4)
@@ -710,7 +710,7 @@ def add_data_flags(add):
 
 
 def add_loop_flags(add):
-    add("--steps", type=int, default=300)
+    add("--steps", type=int, default=300, help="0 measures the held-out loss alone")
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
     add("--lr", type=float, help="peak learning rate (default: the kind's learning_rate)")
@@ -733,9 +733,8 @@ def check_args(args, error):
     """Refuse flags that do not go together, by error(sentence)."""
     counts = ["rank", "batch_size", "grad_accum", "block_size", "eval_tokens", "eval_every",
               "n_layer", "n_head", "n_embd", "vocab_size"]
-    may_be_0 = ["warmup", "seed"]
-    (may_be_0 if args.from_lora else counts).append("steps")   # 0 is the fit alone
-    check_numbers(args, at_least_1=counts, at_least_0=may_be_0, above_0=["lr", "clip", "alpha"])
+    check_numbers(args, at_least_1=counts, at_least_0=["steps", "warmup", "seed"],
+                  above_0=["lr", "clip", "alpha"])
     if args.adapter != "none":
         flora.adapter_class(args.adapter)
     if args.quantize and args.adapter == "none":

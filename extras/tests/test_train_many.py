@@ -179,5 +179,5 @@ def test_speed_compares_with_one_adapter_of_the_same_round(tmp_path, monkeypatch
 
 
 def test_a_run_that_fails_ends_speed_in_a_sentence(tmp_path):
-    with pytest.raises(BadInput, match="--speed: 2 adapters of 1 rows ended with status 2 .*--steps is 0"):
-        train_many.measure(1, 2, DATA["util"], ["--steps", "0"], tmp_path)
+    with pytest.raises(BadInput, match="--speed: 2 adapters of 1 rows ended with status 2 .*--steps is -1"):
+        train_many.measure(1, 2, DATA["util"], ["--steps", "-1"], tmp_path)
