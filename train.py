@@ -710,7 +710,7 @@ def add_data_flags(add):
 
 
 def add_loop_flags(add):
-    add("--steps", type=int, default=300, help="0 measures the held-out loss alone")
+    add("--steps", type=int, default=300, help="0 measures alone (with --from-lora: the fit)")
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
     add("--lr", type=float, help="peak learning rate (default: the kind's learning_rate)")
