@@ -265,7 +265,7 @@ def predict_inflection(layer, b, l, device, dtype):
 
 def measured_inflection(rows, lora):
     """Where the tokens/s of `lora` pass FLoRA's, interpolated between ranks: a rank, infinity
-    (never up to the last rank), 0 (at the first rank already) or None (not measured)."""
+    (never up to the last rank), 0 (at the first rank already) or None (no such rows)."""
     speed = throughput_of(rows)
     ranks = sorted(rank for name, rank in speed if name == "flora" and (lora, rank) in speed)
     ratios = [speed["flora", rank] / speed[lora, rank] for rank in ranks]
@@ -286,7 +286,7 @@ def throughput_of(rows, key="tokens_per_second"):
 
 
 def measured_free_ranks(rows, name):
-    """The ranks at which `name` keeps FREE of the base's tokens/s; None if it was not measured."""
+    """The ranks at which `name` keeps FREE of the base's tokens/s; None if it has no rows."""
     shares = throughput_of(rows, "ratio_to_base")
     shares = {rank: share for (row, rank), share in shares.items() if row == name}
     return [rank for rank, share in shares.items() if share >= FREE] if shares else None
@@ -492,7 +492,7 @@ def print_summary(result):
 
 def tell_rank(rank, result):
     if rank is None:
-        return "not measured"
+        return "no rows of it"
     if rank == 0:
         return "below the first rank"
     last = max(result["workload"]["ranks"])
@@ -501,7 +501,7 @@ def tell_rank(rank, result):
 
 def tell_ranks(ranks):
     if ranks is None:
-        return "not measured"
+        return "no rows of it"
     return " ".join(map(str, ranks)) or "none"
 
 
