@@ -170,19 +170,20 @@ def trainings(*reports):
     lines = []
     for r in reports:
         precision = f"{r['dtype']}, base in {r['quantize']}" if r["quantize"] else r["dtype"]
-        lines.append([f"{NAMES[r['adapter']]} r{r['rank']}", f"`{' '.join(r['targets'])}`",
+        lines.append([f"`{Path(r['adapter_file']).parent}`", f"{NAMES[r['adapter']]} r{r['rank']}",
+                      f"`{' '.join(r['targets'])}`",
                       f"{r['trainable_parameters']:,}", f"{r['lr']:g}", precision,
                       f"{r['heldout_bpb_before']:.4f} → {r['heldout_bpb_after']:.4f}",
                       f"{r['heldout_loss_after']:.4f}", f"{r['seconds']:.0f}",
                       f"{r['tokens_per_second'] or 0:.0f}",
                       f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"])
-    return markdown(["", "on", "parameters", "rate", "in", "held-out bits per byte",
+    return markdown(["run", "kind", "on", "parameters", "rate", "in", "held-out bits per byte",
                      "nats per token", "seconds", "tokens/s", "peak memory"], lines)
 
 
-bases = line_each(   # trainings of a base model
-    ("parameters", "{total_parameters:,}"), ("tokens seen", "{tokens_seen:,}"),
-    ("steps", "{steps:,}"), ("rate", "{lr:g}"), ("in", "{dtype}"), ("seconds", "{seconds:,.0f}"),
+bases = line_each(   # trainings of a base model, or of 0 steps
+    ("steps", "{steps:,}"), ("tokens seen", "{tokens_seen:,}"), ("rate", "{lr:g}"),
+    ("in", "{dtype}"), ("seconds", "{seconds:,.0f}"), ("held-out tokens", "{heldout_tokens:,}"),
     ("held-out bytes", "{heldout_bytes:,}"), ("nats per token", "{heldout_loss_after:.4f}"),
     ("bits per byte", "{heldout_bpb_after:.4f}"))
 copies = line_each(   # of LoRAs, by train.py --from-lora
@@ -333,7 +334,9 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "hira-peers": ("peers_hira.json", hira_peers),
     "places": ("place_k.json place_qk.json place_c_attn.json place_mlp.json place_all.json",
                trainings),
-    "base": ("base.json", bases),
+    "base": ("base_first.json base_second.json base_python.json base_stdlib.json", bases),
+    "adapters": ("adapter_perl.json adapter_javascript.json adapter_bash.json adapter_cpp.json",
+                 trainings),
     "programs": ("programs_py.json programs_pl.json programs_js.json programs_sh.json", passed),
 }
 

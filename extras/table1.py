@@ -348,7 +348,7 @@ def new_parser(description, name, languages, methods, steps, more_languages=""):
 def parse(parser, methods, argv):
     """Parse, with args.methods as {name: flags of train.py}; errors for counts below 1."""
     args = parser.parse_args(argv)
-    for flag in ("samples", "steps", "base_steps", "batch_size", "block_size", "jobs"):
+    for flag in ("samples", "steps", "batch_size", "block_size", "jobs"):
         if getattr(args, flag, 1) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number "
                          "of at least 1")

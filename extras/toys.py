@@ -2,8 +2,8 @@
 
   python -m extras.toys --i-trust-the-code
 
-A base model that has learnt a family of toy problems (extras/toy_problems.py) in Python alone is
-adapted to each of the other languages, and scored by running what it writes for held-out problems.
+The embedded model has learnt a family of toy problems (extras/toy_problems.py) in Python alone. It
+is adapted to the other languages, and scored by running what it writes for held-out problems.
 Trainings, learning rates, seeds and what is kept: as in extras/table1.py. Scores are kept too.
 
 Generated programs are untrusted: read the top of extras/sandbox.py.
@@ -39,12 +39,10 @@ def toys(args):
         for problems in held_out.values():
             check_languages(problems)
         data = {language: ["--data", f"{args.out}/problems/{language}", "--keep-duplicates"]
-                for language in held_out}
-        args.weights = train_base(args, data.pop("py"))
+                for language in args.languages}
         logs, sweep = table1.train_table(args, data)
         table, in_python = score_all(args, held_out, logs)
-        print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python, "
-              "which it was trained on")
+        print(f"\nthe base model passes {in_python:.4f} of the held-out problems in Python")
         table1.print_accuracy(
             table, "pass@1 on held-out problems (change) ± standard deviation over seeds",
             lambda base, x: f"{x - base:+.4f}")
@@ -61,16 +59,6 @@ def make_problems(folder, languages):
         except OSError as e:
             raise BadInput(f"{folder}: cannot be written ({e.strerror})") from None
     return {language: read_problems(f"{folder}/{language}.jsonl") for language in languages}
-
-
-def train_base(args, data):
-    """Train the base model on the problems in Python, given as train.py's --data -> its folder."""
-    folder = f"{args.out}/base"
-    flags = ["--adapter", "none", "--weights", args.weights, *data, "--lr", "1e-3",
-             "--steps", str(args.base_steps), "--eval-every", str(args.base_steps),
-             *table1.size_flags(args)]
-    table1.train_all({folder: flags}, 1)
-    return folder
 
 
 def score_all(args, held_out, logs):
@@ -92,7 +80,7 @@ def score_all(args, held_out, logs):
         counts = [Counter(outcomes) for outcomes in read_score(file, made)["counts"]]
         return summary(held_out[language], counts, [1])[0]["pass@1"]
 
-    in_python = score("py", "none", f"{args.weights}/pass.json")
+    in_python = score("py", "none", f"{args.out}/pass.json")
     table = {}
     adapters = sum(len(seeds) for methods in logs.values() for seeds in methods.values())
     with tqdm(total=adapters, unit="adapter") as bar:
@@ -134,8 +122,6 @@ def run_adapter(model, tokenizer, adapter, problems, samples):
 
 def parse_args(argv=None):
     parser = table1.new_parser(__doc__, "toys", ["pl", "js", "sh"], METHODS, steps=300)
-    parser.add_argument("--base-steps", type=int, default=700,
-                        help="steps in which the base model learns the family in Python")
     parser.add_argument("--samples", type=int, default=5, help="per problem, at temperature 0.1")
     add_consent_flag(parser)
     return table1.parse(parser, METHODS, argv)

@@ -19,8 +19,7 @@ def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
     needs("sh")
     train_all = table1.train_all
     monkeypatch.setattr(table1, "train_all", train_here)
-    flags = ("--languages", "sh", "--methods", "lora-r4", "--base-steps", "4", "--samples", "1",
-             "--i-trust-the-code")
+    flags = ("--languages", "sh", "--methods", "lora-r4", "--samples", "1", "--i-trust-the-code")
     seed = 0
 
     def solutions(model, tokenizer, adapter_id, todo, **settings):
