@@ -7,9 +7,6 @@ The embedded model, which knows Python, is asked for the same small program in P
 adapter, and in Perl, JavaScript and Bash, each with an adapter of base/adapters/. Then the programs
 are run against their tests where this machine has the language, contained as the top of
 extras/sandbox.py says, and the batch is timed against the four requests one after another.
-
-The adapters are not there yet, and the present base has not learnt this family of problems, so that
-its Python fails; what is missing is refused with the commands that train it.
 """
 import argparse
 import statistics
@@ -32,7 +29,7 @@ ROWS = {   # language: (its name, its adapter)
 NEW = 96       # tokens of a program at most
 ROUNDS = 3     # of the timing
 TRAINING = (   # how such adapters are made
-    "python -m extras.toy_problems out/problems --more 40000; python train.py --adapter flora "
+    "python -m extras.toy_problems out/problems --more 180000; python train.py --adapter flora "
     "--rank 3 --targets all --data out/problems/more/{language} --keep-duplicates "
     "--block-size 128 --batch-size 4 --steps 4000 --lr 3.2e-2 --dtype bfloat16 --fast "
     "--out out/{adapter}")
