@@ -31,7 +31,7 @@ ROUNDS = 3     # of the timing
 TRAINING = (   # how such adapters are made
     "python -m extras.toy_problems out/problems --more 180000; python train.py --adapter flora "
     "--rank 3 --targets all --data out/problems/more/{language} --keep-duplicates "
-    "--block-size 128 --batch-size 4 --steps 4000 --lr 3.2e-2 --dtype bfloat16 --fast "
+    "--block-size 128 --batch-size 4 --steps 1500 --lr 3.2e-2 --dtype bfloat16 --fast "
     "--out out/{adapter}")
 
 
