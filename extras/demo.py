@@ -133,11 +133,11 @@ def draw(file, task, texts, verdicts):
         asked = f"in {name}\n" + (f"adapter $A_{i}$, $B_{i}$" if adapter else "no adapter")
         axis.text(1.2, y, asked, ha="center", va="center", fontsize=10,
                   bbox=box | dict(edgecolor=color))
-        axis.text(7.3, y, text, va="center", fontsize=7.5, family="monospace", parse_math=False,
+        axis.text(7.3, y, text, va="center", fontsize=9, family="monospace", parse_math=False,
                   bbox=box | dict(edgecolor=color))
         axis.text(11.9, y, verdicts[language], va="center", ha="right", fontsize=9, color=color)
-        axis.annotate("", (3.6, 3.3), (2.3, y), arrowprops=dict(arrowstyle="->", color=color))
-        axis.annotate("", (7.2, y), (6.6, 3.3), arrowprops=dict(arrowstyle="->", color=color))
+        axis.annotate("", (4.2, 3.3), (1.95, y), arrowprops=dict(arrowstyle="->", color=color))
+        axis.annotate("", (7.2, y), (6.02, 3.3), arrowprops=dict(arrowstyle="->", color=color))
     save_figure(figure, file)
     print(f"wrote {file}")
 
