@@ -170,7 +170,8 @@ def trainings(*reports):
     lines = []
     for r in reports:
         precision = f"{r['dtype']}, base in {r['quantize']}" if r["quantize"] else r["dtype"]
-        lines.append([f"`{Path(r['adapter_file']).parent}`", f"{NAMES[r['adapter']]} r{r['rank']}",
+        rank = "" if r["adapter"] == "ia3" else f" r{r['rank']}"
+        lines.append([f"`{Path(r['adapter_file']).parent}`", NAMES[r["adapter"]] + rank,
                       f"`{' '.join(r['targets'])}`",
                       f"{r['trainable_parameters']:,}", f"{r['lr']:g}", precision,
                       f"{r['heldout_bpb_before']:.4f} → {r['heldout_bpb_after']:.4f}",
