@@ -989,7 +989,8 @@ def describe_run():
 
 
 def run_main(main):
-    """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130."""
+    """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130, and
+    a reader of the output that goes away, as head does, is status 141."""
     try:
         main()
     except BadInput as e:
@@ -997,3 +998,6 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # for Python's last flush
+        sys.exit(141)

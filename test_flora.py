@@ -1802,3 +1802,12 @@ def test_measured_free_and_inflection_ranks():
     assert bench.measured_free_ranks(rows, "flora-eq6") is None
     assert bench.measured_inflection(rows, "lora-token") == pytest.approx(3)
     assert bench.measured_inflection(rows, "lora-example") is None
+
+
+def test_a_reader_that_goes_away_ends_a_script_without_a_traceback():
+    lines = "from model import run_main; run_main(lambda: [print('x' * 99) for _ in range(9999)])"
+    script = subprocess.Popen([sys.executable, "-c", lines], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.stdout.readline()
+    script.stdout.close()
+    assert script.stderr.read() == "" and script.wait() == 141
