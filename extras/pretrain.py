@@ -27,7 +27,6 @@ from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer, run_main
 LEARNING_RATE = 2e-3   # train.py's default --lr
 TOKENIZER_CHARACTERS = 20_000_000   # more text makes no better tokens, and takes gigabytes
 
-
 # Of the packages that the requirements install, those with Python in quantity
 PACKAGES = ["torch", "numpy", "sympy", "mpmath", "networkx", "jinja2", "fsspec", "matplotlib",
             "mpl_toolkits", "PIL", "fontTools", "dateutil", "pyparsing", "packaging", "pluggy",
