@@ -99,7 +99,7 @@ class DynamicLinear(PackedLinear):
     """x weightᵀ + bias in whole numbers of 8 bits, each row of x rounded by its own largest value.
     weight: int8 [k, d] and its scale [k], or floating point."""
 
-    # AVX2 alone adds pairs of products in 16 bits, which leaves 7 bits for x
+    # On either side of zero. AVX2 alone adds pairs of products in 16 bits: 2 x 127 x 127 just fit
     LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 
     def __init__(self, scale=None):
@@ -125,7 +125,7 @@ class DynamicLinear(PackedLinear):
         largest = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True)
         # a row of zeros is 0 / 0 here, rounded to some number, and 0 again in the end
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / largest, 1 / self.LEVELS, 128, packed)
+            x / largest, 1 / self.LEVELS, self.LEVELS + 1, packed)
         y = y * largest if bias is None else torch.addcmul(bias, y, largest)
         return y.to(dtype)
 

@@ -32,10 +32,12 @@ def test_int8_base_is_close_and_adapters_run_on_it(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_int8_products_of_any_number_of_rows_equal_their_own_values(dtype, dynamic):
-    """Against float64: weight-only within the dtype's own error; dynamic, with its input rounded as it
-    says, too. A row comes out the same whatever is beside it."""
+@pytest.mark.parametrize("levels", [None, 63, DynamicLinear.LEVELS])
+def test_int8_products_of_any_number_of_rows_equal_their_own_values(dtype, levels, monkeypatch):
+    """Against float64: weight-only (None) within the dtype's own error; dynamic, with its input rounded
+    to as many levels as it says, too. A row comes out the same whatever is beside it."""
+    dynamic = levels is not None
+    monkeypatch.setattr(DynamicLinear, "LEVELS", levels)
     model = tiny_model().to(dtype)
     with torch.no_grad():
         for _, layer in flora.adapter_layers(model):
@@ -47,7 +49,7 @@ def test_int8_products_of_any_number_of_rows_equal_their_own_values(dtype, dynam
     exact = x.double()
     if dynamic:
         largest = x.double().abs().amax(-1, keepdim=True)
-        exact = (exact / largest * DynamicLinear.LEVELS).round().nan_to_num() / DynamicLinear.LEVELS * largest
+        exact = (exact / largest * levels).round().nan_to_num() / levels * largest
     expected = exact @ layer.W0().double() + layer.bias.double()
     with torch.inference_mode():
         for rows in (1, 2, 40):
