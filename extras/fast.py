@@ -5,8 +5,8 @@
 - The allocator keeps freed memory: asking Linux for the pages of each large tensor anew takes up to
   a seventh of a step.
 - `BothWays`: W0 packed for oneDNN (extras/packed.py), once for x W0 and once for its gradient's
-  product with W0ᵀ. In bfloat16 a frozen W0 is then rounded once, not in each step. Both copies stay
-  beside the weights themselves.
+  product with W0ᵀ. In bfloat16, for which it wants AVX-512, a frozen W0 is then rounded once, not in
+  each step. Both copies stay beside the weights themselves.
 - `OutputLoss`: the loss and its gradient a few rows at a time, so that no copy of all logits, in
   float32, is ever held.
 - `CausalAttention`: attention by plain matmuls, which torch's fused one for CPUs runs at half of
@@ -25,7 +25,7 @@ from torch.autograd import Function
 
 import flora
 import model as plain
-from extras.packed import pack_weight, times_packed
+from extras.packed import pack_weight, packs_bfloat16, times_packed
 from flora import BadInput
 from train import WORLD
 
@@ -38,8 +38,9 @@ def speed_up(model, args):
     """Change `model` in place, for train.py's flags -> the loss function that replaces loss_of."""
     if model.wte.weight.device.type != "cpu" or args.compile or WORLD > 1:
         raise BadInput("--fast is for one process on a CPU, without --compile; leave it out")
-    keep_memory()
     dtype = getattr(torch, args.dtype)
+    check_packs(dtype)
+    keep_memory()
     for attention in model.attentions():
         attention.attend = attend
     if model.config.activation_function == "gelu_pytorch_tanh":
@@ -48,6 +49,15 @@ def speed_up(model, args):
     pack_both_ways(model, dtype)
     E = model.output.weight
     return partial(loss_of, dtype, None if E.requires_grad else both_ways(E, dtype))
+
+
+def check_packs(dtype):
+    """BadInput where weights of this dtype cannot be packed."""
+    if not torch.backends.mkldnn.is_available():
+        raise BadInput("--fast packs weights for oneDNN, which this PyTorch lacks; leave it out")
+    if dtype == torch.bfloat16 and not packs_bfloat16():
+        raise BadInput("--dtype bfloat16: weights cannot be packed in it on this processor, which "
+                       "has no AVX-512; use --dtype float32, which is faster here")
 
 
 def keep_memory():

@@ -85,6 +85,11 @@ def computes_bfloat16():
     return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
+def packs_bfloat16():
+    """Whether oneDNN takes weights in bfloat16 here at all: it wants AVX-512."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def choose_dtype(device):
     """--dtype auto: the fastest dtype to serve in on a torch.device, and why."""
     if device.type != "cpu":

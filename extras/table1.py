@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import train
+from extras.fast import check_packs
 from flora import BadInput, read_json, write_json
 from model import (PNG, add_common_flags, check_writable, describe_machine, describe_run,
                    difference, run_main, save_figure, write_each)
@@ -72,6 +73,8 @@ def outputs(args):
     args.json = args.json or f"{args.out}/table.json"
     with train.outputs(args):
         check_writable(args.png, "--png", PNG, make_folder=True)
+        if "--fast" in size_flags(args):
+            check_packs(getattr(torch, args.dtype))
         yield
 
 
@@ -171,9 +174,10 @@ def train_flags(args, method, data, lr, seed):
 
 def size_flags(args):
     """train.py's flags that all of its runs share."""
+    packs = args.device == "cpu" and torch.backends.mkldnn.is_available()
     return ["--batch-size", str(args.batch_size), "--block-size", str(args.block_size),
             "--dtype", args.dtype, "--device", args.device,
-            *(["--fast"] if args.device == "cpu" else [])]
+            *(["--fast"] if packs else [])]
 
 
 def train_all(runs, jobs):

@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 import flora
 import train
-from extras.fast import keep_memory, pack_both_ways
+from extras.fast import check_packs, keep_memory, pack_both_ways
+from extras.packed import choose_dtype
 from extras.results import speech
 from extras.table1 import next_rates, over_seeds
 from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly,
@@ -256,8 +257,9 @@ def load(args, device):
 def speed_up(model, args):
     """On a CPU, hold the frozen projections packed for both directions (extras/fast.py), and, in
     bfloat16, attend by plain matmuls."""
-    if torch.device(args.device).type != "cpu":
+    if torch.device(args.device).type != "cpu" or not torch.backends.mkldnn.is_available():
         return
+    check_packs(getattr(torch, args.dtype))
     keep_memory()
     pack_both_ways(model, getattr(torch, args.dtype))
     for module in model.modules():
@@ -502,12 +504,14 @@ def parse_args(argv=None):
 
 def add_common_flags(add, command):
     trains = command in ("train", "table")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, _ = choose_dtype(torch.device(device))
     add("--weights", required=True, metavar="FOLDER", help="a Whisper, as a Hugging Face folder")
     add("--window", type=int, default=30 if command == "transcribe" else 6,
         help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
     add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=["float32", "bfloat16"], default="bfloat16" if trains else "float32")
+    add("--device", default=device)
+    add("--dtype", choices=["float32", "bfloat16"], default=dtype if trains else "float32")
     add("--json", metavar="FILE", help="write the results there as JSON")
 
 

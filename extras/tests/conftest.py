@@ -4,6 +4,7 @@ import pytest
 pytest.register_assert_rewrite("test_flora")
 
 from extras.llama import LlamaConfig  # noqa: E402
+from extras.packed import packs_bfloat16  # noqa: E402
 from model import GPT, Tokenizer  # noqa: E402
 from test_flora import (  # noqa: E402, F401
     ALL, CONFIGS, FIXTURES, MIXED, SERVED, adapter, embedded_adapters, expected, family, golden, kind, mixed,
@@ -23,6 +24,8 @@ ALL["llama"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 EXTRA_KINDS = {   # adapters of the kinds in extras/, by family
     "gpt_bigcode": [("ffba", 3, None), ("ffba", 1, ["mlp"]), ("hira", 2, ["all"]), ("hira", 1, ["c_attn.qk"])],
     "llama": [("ffba", 3, None), ("ffba", 1, ["mlp"]), ("hira", 2, ["all"]), ("hira", 1, ["q_proj"])]}
+PACKED = ["float32", pytest.param("bfloat16", marks=pytest.mark.skipif(   # that weights are packed in
+    not packs_bfloat16(), reason="needs AVX-512: weights packed in bfloat16"))]
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import flora
 import model as plain
 import train
-from extras import fast
+from extras import fast, table1
+from extras.tests.conftest import PACKED
 from flora import BadInput
 from test_flora import random_adapter, run_train, tiny_model
 
@@ -26,7 +27,7 @@ def loss_and_gradients(model, parameters, loss, dtype):
 
 @pytest.mark.parametrize("kind, rank", [("flora", 1), ("flora", 4), ("lora", 2), ("ia3", 1), ("hira", 2)])
 @pytest.mark.parametrize("family", ["gpt_bigcode", "llama"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", PACKED)
 def test_losses_and_gradients_are_those_of_the_plain_path(
         family, kind, rank, dtype, monkeypatch):
     """bfloat16: as near to float32's as the plain path is."""
@@ -94,6 +95,16 @@ def test_a_fast_training_has_the_losses_of_a_plain_one(kind, tiny_folder, tmp_pa
         assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], abs=1e-4)
 
 
-def test_what_fast_is_not_for_is_refused():
+def test_what_fast_is_not_for_is_refused(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="--fast is for one process on a CPU, without --compile"):
         fast.speed_up(tiny_model(), SimpleNamespace(compile=True, dtype="float32"))
+    monkeypatch.setattr(fast, "packs_bfloat16", lambda: False)
+    with pytest.raises(BadInput, match="no AVX-512; use --dtype float32"):
+        fast.speed_up(tiny_model(), SimpleNamespace(compile=False, dtype="bfloat16"))
+    args = table1.parse_args(["--device", "cpu", "--dtype", "bfloat16", "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match="no AVX-512; use --dtype float32"), table1.outputs(args):
+        pass
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "--fast" not in table1.size_flags(args)
+    with pytest.raises(BadInput, match="oneDNN, which this PyTorch lacks; leave it out"):
+        fast.speed_up(tiny_model(), SimpleNamespace(compile=False, dtype="float32"))

@@ -53,13 +53,18 @@ def test_packing_leaves_attention_by_plain_math_as_it_is(tiny_folder):
         assert packs == [flash] * model.config.n_layer
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_dtype_auto_takes_what_the_processor_computes_in_and_says_so(native, tiny_folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("native, chosen", [(True, "bfloat16"), (False, "float32")])
+def test_dtype_auto_takes_what_the_processor_computes_in(native, chosen, monkeypatch):
     monkeypatch.setattr(packed, "computes_bfloat16", lambda: native)
-    chosen = "bfloat16" if native else "float32"
+    dtype, why = packed.choose_dtype(torch.device("cpu"))
+    assert dtype == chosen and "as this processor" in why
+
+
+def test_dtype_auto_serves_in_what_it_says(tiny_folder, monkeypatch, capsys):
+    chosen, why = packed.choose_dtype(torch.device("cpu"))
     run_script(generate.main, ["generate.py", "--weights", str(tiny_folder), "--device", "cpu", "--dtype", "auto",
                                "--prompt", "a", "--max-new-tokens", "2"], monkeypatch)
     err = capsys.readouterr().err
-    assert f"--dtype auto: {chosen}, as this processor" in err and f"{chosen} on cpu" in err
+    assert f"--dtype auto: {chosen}, {why}" in err and f"{chosen} on cpu" in err
     args = bench.parse_args(["--weights", str(tiny_folder), "--device", "cpu", "--dtype", "auto"])
     assert bench.load_model(args).wte.weight.dtype == getattr(torch, chosen) and args.dtype == chosen

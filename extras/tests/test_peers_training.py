@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from extras import peers_training
+from extras.tests.conftest import PACKED
 from flora import BadInput
 from test_flora import TINY, run_script
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", PACKED)
 def test_all_rows_of_this_project_start_at_the_same_loss(dtype, monkeypatch, capsys):
     found = {}
     for row in peers_training.ROWS[1:]:

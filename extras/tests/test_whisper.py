@@ -16,6 +16,7 @@ import flora
 import generate
 import train
 from extras import whisper, whisper_data
+from extras.packed import choose_dtype
 from extras.whisper_model import (PRESETS, Whisper, WhisperConfig, Writing, attend_plainly, check_audio, load_whisper,
                                   log_mel, mel_filters, read_audio, resample, write_greedily)
 from flora import BadInput
@@ -73,6 +74,13 @@ def flags(command, data, out, *more):
     given = [command, "--weights", FOLDER, "--window", 1, "--steps", 6, "--batch-size", 4, "--dtype", "float32",
              "--max-new-tokens", 8, "--out", out, "--data", data, *more]
     return [str(x) for x in given + ([] if command == "table" else ["--language", "cs"])]
+
+
+def test_trainings_are_in_the_dtype_that_the_device_computes_in_by_default(tmp_path):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for command, dtype in [("train", choose_dtype(device)[0]), ("score", "float32")]:
+        given = [command, "--weights", str(FOLDER), "--data", str(tmp_path), "--language", "cs"]
+        assert whisper.parse_args(given).dtype == dtype
 
 
 # ----------------------------------------------------------------------------------- Hugging Face's values
