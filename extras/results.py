@@ -207,7 +207,7 @@ def rates(data):
         tried = {float(rate): value for rate, value in tried.items()}
         best = min(tried, key=tried.get)
         cells = [f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried)]
-        lines.append([method, f"{best:g}", ", ".join(cells)])
+        lines.append([name_of(method), f"{best:g}", ", ".join(cells)])
     return markdown(["", "best", "held-out bits per byte at each rate"], lines)
 
 
@@ -301,6 +301,7 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "peers": ("peers.json", peers),
     "training": ("training.json", beside_peft),
     "training-768": ("training_768.json", beside_peft),
+    "many": ("train_many.json", many),
     "many-smollm2": ("train_many_smollm2.json", many),
     "engine": ("engine.json", engine),
     "engine-one": ("engine_one.json", engine),
@@ -329,12 +330,12 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "families": ("starcoder_cpu.json llama_cpu.json", inflection),
     "copies": ("copy_r1_0.json copy_r2_0.json copy_r4_0.json copy_r8_0.json copy_r1_100.json "
                "copy_r2_100.json copy_r4_100.json copy_r8_100.json", copies),
-    "no-copies": ("default_lora_bf16.json scratch_r1.json scratch_r4.json", trainings),
+    "no-copies": ("copied_lora.json scratch_r1.json scratch_r4.json", trainings),
     "one-request": ("token.json", one_request),
     "one-request-768": ("token_768.json", one_request),
     "hira-peers": ("peers_hira.json", hira_peers),
-    "places": ("place_k.json place_qk.json place_c_attn.json place_mlp.json place_all.json",
-               trainings),
+    "places": ("place_qk.json place_c_attn.json place_mlp.json place_all.json place_qk_low.json "
+               "place_c_attn_low.json place_mlp_low.json place_all_low.json", trainings),
     "base": ("base_first.json base_second.json base_python.json base_stdlib.json", bases),
     "adapters": ("adapter_perl.json adapter_javascript.json adapter_bash.json adapter_cpp.json",
                  trainings),

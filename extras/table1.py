@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import train
 from extras.fast import check_packs
+from extras.results import name_of
 from flora import BadInput, read_json, write_json
 from model import (PNG, add_common_flags, check_writable, describe_machine, describe_run,
                    difference, run_main, save_figure, write_each)
@@ -300,22 +301,24 @@ def draw(file, table, title, height):
     import matplotlib.pyplot as plt
     methods = list(next(iter(table.values())))[1:]
     rows, width = list(table.values()), 1 / (len(methods) + 1)
-    figure, axis = plt.subplots(figsize=(1.5 + 1.6 * len(table), 3.6))
+    figure, axis = plt.subplots(figsize=(2.5 + 1.6 * len(table), 3.6))
     for i, method in enumerate(methods):
         x = np.arange(len(table)) + (i - (len(methods) - 1) / 2) * width
         heights = [height(row["base"]["mean"], row[method]["mean"]) for row in rows]
         spreads = [row[method]["spread"] for row in rows]
-        axis.bar(x, heights, 0.9 * width, yerr=spreads, label=method, capsize=2)
+        label = name_of(method).replace("`", "")
+        axis.bar(x, heights, 0.9 * width, yerr=spreads, label=label, capsize=2)
     axis.set_xticks(range(len(table)), list(table))
     axis.set(ylabel=title)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, file)
 
 
 def finish(args, table, sweep, title, height, **more):
     """Write a table and its sweep as JSON, and its figure as `draw` explains."""
-    names = ("seeds", "steps", "batch_size", "block_size", "dtype", "weights")
+    names = ("seeds", "steps", "batch_size", "block_size", "dtype")
     settings = {name: getattr(args, name) for name in names}
+    settings["weights"] = os.path.relpath(args.weights)
     result = dict(run=describe_run(), machine=describe_machine(torch.device(args.device)),
                   table=table, sweep=sweep, **settings, **more)
     write_each(partial(write_json, args.json, result),
