@@ -23,7 +23,8 @@ import torch
 import flora
 from flora import BadInput, read_json, write_json
 from generate import generate
-from model import GPT, Tokenizer, run_main
+from model import (JSON, GPT, Tokenizer, check_writable, describe_machine, describe_run,
+                   run_main)
 
 FORMS, NEW, RANK = ("merged", "peft"), 24, 4   # NEW tokens; adapters of RANK
 
@@ -126,17 +127,26 @@ ENGINES = {"transformers": run_transformers, "vllm": run_vllm, "ctranslate2": ru
 
 def compare(args):
     """Every export of a folder in one engine."""
+    check_writable(args.json, "--json", JSON)
+    rows = []
     for name, said in read_json(Path(args.places[0], "exports.json")).items():
         for form in FORMS:
             flags = [args.what, args.places[0], "--case", name, form]
             done = subprocess.run([sys.executable, "-m", "extras.peers_engines", *flags],
                                   capture_output=True, text=True)
             result = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
-            if not done.returncode:
-                engine, tokens = json.loads(result)
-                same = sum(a == b for a, b in zip(tokens, said["tokens"]))
-                result = f"{engine}: {same} of {len(tokens)} prompts with our tokens"
+            row = dict(export=name, form=form, prompts=len(said["prompts"]))
+            if done.returncode:
+                row["error"] = result
+            else:
+                row["engine"], tokens = json.loads(result)
+                row["same"] = sum(a == b for a, b in zip(tokens, said["tokens"]))
+                result = f"{row['engine']}: {row['same']} of {row['prompts']} prompts with our tokens"
             print(f"{name}, {form}: {result}", flush=True)
+            rows.append(row)
+    if args.json:
+        write_json(args.json, dict(
+            run=describe_run(), machine=describe_machine(torch.device("cpu")), rows=rows))
 
 
 def main():
@@ -149,6 +159,7 @@ def main():
     add("--kinds", nargs="+", default=["flora", "hira", "lora"], help="of export")
     add("--targets", nargs="+", default=["all"], help="of export")
     add("--case", nargs=2, metavar=("NAME", "FORM"), help="open this one, print its tokens as JSON")
+    add("--json", metavar="FILE", help="of an engine: write the results there as JSON")
     args = parser.parse_args()
     if args.what == "export":
         export(args)

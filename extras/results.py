@@ -239,6 +239,24 @@ def speech(data):
     return "\n\n".join(tables)
 
 
+heard = line_each(   # by whisper score
+    ("window", "{window} s"), ("adapter", "{adapter}"), ("clips", "{clips}"),
+    ("raw WER", "{wer:.1f}"), ("normalised WER", "{wer_normalised:.1f}"), ("CER", "{cer:.1f}"),
+    ("endless clips", "{endless}"), ("seconds", "{seconds:.0f}"))
+
+
+def one_training(data):
+    """Of whisper train: the error rates before and after, and the loss on dev.tsv."""
+    trained = (f"{NAMES[data['adapter']]} r{data['rank']}, {data['steps']} steps of "
+               f"{data['seconds_per_step']:.1f} s in {data['dtype']}")
+    lines = [[name, f"{rates['wer']:.1f}", f"{rates['wer_normalised']:.1f}", f"{rates['cer']:.1f}",
+              rates["endless"], f"{loss:.3f}"]
+             for name, rates, loss in [("base", data["before"], data["heldout_loss_before"]),
+                                       (trained, data["after"], data["heldout_loss_after"])]]
+    return markdown(["", "raw WER", "normalised WER", "CER", "endless clips",
+                     "loss on `dev`, nats per token"], lines)
+
+
 # ----------------------------------------------------------------- results of the peers' programs
 
 
@@ -288,6 +306,23 @@ def hira_peers(data):
     return markdown(["", "tokens/s", "requests with our tokens"], lines)
 
 
+def engines(*files):
+    """peers_engines: of how many prompts an engine's tokens are ours, a line for each form in which
+    it opens the exports; what it said of those that it does not open stands below."""
+    errors, lines, exports = {}, [], []
+    for data in files:
+        exports = list(dict.fromkeys(row["export"] for row in data["rows"]))
+        engine = max((row.get("engine", "") for row in data["rows"]), key=len)
+        for form in dict.fromkeys(row["form"] for row in data["rows"]):
+            cells = []
+            for row in [row for row in data["rows"] if row["form"] == form]:
+                error = errors.setdefault(row["error"], len(errors) + 1) if "error" in row else None
+                cells.append(f"({error})" if error else f"{row['same']} of {row['prompts']}")
+            lines.append([engine, form, *cells])
+    notes = [f"({number}) {error}" for error, number in errors.items()]
+    return "\n\n".join([markdown(["engine", "folder", *exports], lines), *notes])
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
@@ -301,11 +336,15 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "peers": ("peers.json", peers),
     "training": ("training.json", beside_peft),
     "training-768": ("training_768.json", beside_peft),
+    "engines": ("engines_transformers.json engines_vllm.json engines_ctranslate2.json "
+                "engines_llama_cpp.json", engines),
     "many": ("train_many.json", many),
     "many-smollm2": ("train_many_smollm2.json", many),
     "engine": ("engine.json", engine),
     "engine-one": ("engine_one.json", engine),
     "engine-embedded": ("engine_embedded.json", engine),
+    "whisper-training": ("whisper_training.json", one_training),
+    "whisper-window": ("whisper_window_6.json whisper_window_30.json", heard),
     "whisper": ("whisper.json", speech),
     "whisper-synthetic": ("whisper_synthetic.json", speech),
     "losses": ("table1.json", accuracy),
@@ -318,6 +357,7 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "toys": ("toys.json", accuracy),
     "smollm2": ("smollm2.json", accuracy),
     "smollm2-rates": ("smollm2.json", rates),
+    "smollm2-speed": ("smollm2_speed.json", throughput),
     "humaneval": ("smollm2_humaneval.json", passed),
     "int8": ("plain_flora.json plain_lora.json int8_flora.json int8_lora.json", trainings),
     "cost": ("fig2.json", throughput),

@@ -161,18 +161,21 @@ def load_jiwer():
 
 
 def score(model, writing, clips, adapter_id, args):
-    """Write down all clips with one adapter -> their error rates, seconds and texts."""
+    """Write down all clips with one adapter -> their error rates, seconds and texts, and how many
+    are endless: as long as they may be, since the model repeats itself."""
     written, begin, device = [""] * len(clips.mels), time.time(), torch.device(args.device)
-    prompt = writing.prompt(args.language)
+    prompt, endless = writing.prompt(args.language), 0
+    limit = min(args.max_new_tokens, model.config.n_positions - len(prompt))
     flora.freeze_bank(model)
     for rows in tqdm(clips.shortest_first(16), desc="writing", unit="batch", leave=False):
         texts = write_greedily(
             model, writing, clips.mel(rows).to(device),
             torch.tensor([prompt] * len(rows), device=device),
-            train.row_ids(adapter_id, len(rows), device), args.max_new_tokens)
+            train.row_ids(adapter_id, len(rows), device), limit)
+        endless += sum(len(text) == limit for text in texts)
         for row, text in zip(rows, texts):
             written[row] = writing.decode(text)
-    return dict(**error_rates(clips.sentences, written), clips=len(written),
+    return dict(**error_rates(clips.sentences, written), clips=len(written), endless=endless,
                 words=sum(len(sentence.split()) for sentence in clips.sentences),
                 seconds=time.time() - begin, texts=written)
 
@@ -237,6 +240,7 @@ def make_report(args, model, parameters, log, rate):
     names = ("adapter", "rank", "targets", "lr", "seed", "steps", "batch_size", "language",
              "window", "device", "dtype", "made_with")
     return {name: getattr(args, name) for name in names} | dict(
+        run=describe_run(), machine=describe_machine(torch.device(args.device)),
         heldout_loss_before=log[0]["heldout_loss"], heldout_loss_after=log[-1]["heldout_loss"],
         trainable_parameters=train.count(parameters),
         total_parameters=train.count(model.base_parameters()), seconds=log[-1]["seconds"],
@@ -309,13 +313,15 @@ def score_adapters(args):
     model, writing = load(args, get_device(args.device))
     test = Clips(args.data, "test", args.window, model.config.n_mels, args.longest)
     model.pack()
-    loaded, scores = load_adapters(model, args.adapter), {}
+    loaded, rows = load_adapters(model, args.adapter), []
     for name in args.adapter:
-        scores[name] = score(model, writing, test, loaded[name], args)
-        print(f"{name}: {said(scores[name])}; {scores[name]['words']} words, "
-              f"{scores[name]['seconds']:.0f} s")
+        scores = score(model, writing, test, loaded[name], args)
+        rows.append(dict(adapter=name) | scores)
+        print(f"{name}: {said(scores)}; {scores['words']} words, {scores['seconds']:.0f} s")
     if args.json:
-        write_json(args.json, scores)
+        write_json(args.json, dict(
+            run=describe_run(), machine=describe_machine(torch.device(args.device)),
+            language=args.language, window=args.window, dtype=args.dtype, rows=rows))
 
 
 def transcribe(args):

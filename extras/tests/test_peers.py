@@ -160,12 +160,16 @@ def test_exports_hold_the_adapter_both_ways_and_an_engine_is_told_by_its_last_li
     flags = ["peers_engines", "vllm", folder]
     run_script(peers_engines.main, [*flags, "--case", "tiny-hira", "peft"], monkeypatch)
     answers = [CompletedProcess([], 0, "a warning\n" + capsys.readouterr().out.splitlines()[-1], ""),
-               CompletedProcess([], 1, "", "Traceback\nValueError: no HiRA here\n")]
+               CompletedProcess([], 1, "", "Traceback\nValueError: no HiRA here\n"),
+               CompletedProcess([], 0, "commit", "")]   # of git, for --json
     monkeypatch.setattr(peers_engines.subprocess, "run", lambda *_, **__: answers.pop(0))
-    run_script(peers_engines.main, flags, monkeypatch)
+    run_script(peers_engines.main, [*flags, "--json", tmp_path / "found.json"], monkeypatch)
     assert capsys.readouterr().out.splitlines() == [
         "tiny-hira, merged: vllm 9: 1 of 4 prompts with our tokens",
         "tiny-hira, peft: ValueError: no HiRA here"]
+    assert read_json(tmp_path / "found.json")["rows"] == [
+        dict(export="tiny-hira", form="merged", prompts=4, engine="vllm 9", same=1),
+        dict(export="tiny-hira", form="peft", prompts=4, error="ValueError: no HiRA here")]
 
 
 @pytest.mark.parametrize("engine, case, message", [

@@ -46,6 +46,16 @@ WHISPER = ABOUT | dict(
         key: dict(mean=mean, spread=0.5, seeds=[mean - 0.5, mean + 0.5]) for key, mean in
         dict(wer=60.0, wer_normalised=55.0, cer=19.0, seconds=300.0).items()})}})
 
+ENGINES = ABOUT | dict(rows=[
+    dict(export="base-lora", form="merged", prompts=4, engine="vllm 9", same=3),
+    dict(export="base-hira", form="merged", prompts=4, error="no HiRA"),
+    dict(export="base-lora", form="peft", prompts=4, error="no LoRA"),
+    dict(export="base-hira", form="peft", prompts=4, error="no HiRA")])
+RATES = dict(wer=96.2, wer_normalised=92.7, cer=50.2, clips=188, endless=6, seconds=61.4)
+HEARD = ABOUT | dict(window=6, rows=[dict(adapter="none") | RATES])
+SPEECH = ABOUT | dict(adapter="flora", rank=1, steps=180, seconds_per_step=2.04, dtype="float32", before=RATES,
+                      after=RATES | dict(wer=66.2), heldout_loss_before=2.042, heldout_loss_after=0.949)
+
 
 @pytest.fixture(scope="module")
 def measured(tiny_folder, tmp_path_factory):
@@ -70,7 +80,7 @@ def project(measured, tmp_path, monkeypatch):
              (results.speech, WHISPER), (results.inflection, BENCH), (results.one_request, ALONE),
              (results.trainings, lora, copy), (results.copies, copy), (results.bases, lora),
              (results.passed, measured["passk"]), (results.judged, measured["passk"]),
-             (results.hira_peers, HIRA)]
+             (results.hira_peers, HIRA), (results.heard, HEARD), (results.one_training, SPEECH), (results.engines, ENGINES)]
     tables = {}
     for i, (make, *files) in enumerate(kinds):
         names = [f"{i}-{j}.json" for j in range(len(files))]
@@ -128,6 +138,11 @@ def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
                  f"| {100 * copy['share_of_gain']:.1f}% |", f"{copy['run']['command']}`, `",
                  "| py.jsonl | none | 2 | 2 | 0.0000 ± 0.0000 |",
                  "| py.jsonl | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
+                 "| 6 s | none | 188 | 96.2 | 92.7 | 50.2 | 6 | 61 |",
+                 "| engine | folder | base-lora | base-hira |", "| vllm 9 | merged | 3 of 4 | (1) |",
+                 "| vllm 9 | peft | (2) | (1) |", "(1) no HiRA\n\n(2) no LoRA\n",
+                 "| base | 96.2 | 92.7 | 50.2 | 6 | 2.042 |",
+                 "| FLoRA r1, 180 steps of 2.0 s in float32 | 66.2 | 92.7 | 50.2 | 6 | 0.949 |",
                  "| base |  |  | 75.0 | 71.0 | 28.0 |  |",
                  "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 300 |"]:
         assert part in text, part

@@ -403,7 +403,7 @@ def test_the_table_tunes_trains_scores_and_goes_on(data, tmp_path, monkeypatch, 
         whisper.table(whisper.parse_args(flags("table", "cs", tmp_path / "u")))
 
 
-def test_train_writes_adapter_and_log_with_the_rates_before_and_after(data, tmp_path, monkeypatch):
+def test_train_writes_adapter_and_log_with_the_rates_before_and_after_as_score_finds_them(data, tmp_path, monkeypatch):
     monkeypatch.setattr(whisper, "error_rates", fake_rates)
     monkeypatch.setattr(whisper, "load_jiwer", lambda: None)
     whisper.train_adapter(whisper.parse_args(flags("train", data, tmp_path / "o", "--json", tmp_path / "o.json")))
@@ -411,6 +411,24 @@ def test_train_writes_adapter_and_log_with_the_rates_before_and_after(data, tmp_
     assert report["before"]["clips"] == report["after"]["clips"] == 2 and report["trainable_parameters"] > 0
     model, _ = load_whisper(FOLDER)
     assert flora.load_adapter(model, tmp_path / "o" / "adapter.safetensors") == 1
+    adapter = str(tmp_path / "o" / "adapter.safetensors")
+    argv = ["score", "--weights", str(FOLDER), "--data", str(data), "--language", "cs", "--window", "1", "--adapter",
+            "none", adapter, "--max-new-tokens", "8", "--json", str(tmp_path / "s.json")]
+    whisper.score_adapters(whisper.parse_args(argv))
+    scores = json.loads((tmp_path / "s.json").read_text())
+    for row, name, found in zip(scores["rows"], ["none", adapter], [report["before"], report["after"]], strict=True):
+        assert row | dict(seconds=0) == found | dict(seconds=0, adapter=name)
+
+
+def test_clips_whose_text_is_as_long_as_it_may_be_are_counted(data):
+    """The tiny model writes for ever; one that may write nothing but the end token ends at once."""
+    model, writing = load_whisper(FOLDER)
+    clips = whisper.Clips(str(data), "test", 1, model.config.n_mels)
+    args = whisper.parse_args(flags("train", data, "out", "--seed", 0))
+    assert whisper.score(model, writing, clips, 0, args)["endless"] == 2
+    everything_else = [i for i in range(model.config.vocab_size) if i != writing.end]
+    writing.never, writing.not_first = everything_else, []
+    assert whisper.score(model, writing, clips, 0, args)["endless"] == 0
 
 
 def test_without_jiwer_the_commands_say_what_to_install(data, tmp_path, monkeypatch):
