@@ -503,6 +503,8 @@ def parse_args(argv=None):
         add_common_flags(command.add_argument, name)
     args = parser.parse_args(argv)
     check_args(args)
+    if args.dtype is None:
+        args.dtype, _ = choose_dtype(get_device(args.device))
     if args.command == "train":
         fill_in(args)
     return args
@@ -510,14 +512,13 @@ def parse_args(argv=None):
 
 def add_common_flags(add, command):
     trains = command in ("train", "table")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype, _ = choose_dtype(torch.device(device))
     add("--weights", required=True, metavar="FOLDER", help="a Whisper, as a Hugging Face folder")
     add("--window", type=int, default=30 if command == "transcribe" else 6,
         help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
     add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100)
-    add("--device", default=device)
-    add("--dtype", choices=["float32", "bfloat16"], default=dtype if trains else "float32")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=["float32", "bfloat16"], default=None if trains else "float32",
+        help="default: " + ("bfloat16 if the device computes in it" if trains else "float32"))
     add("--json", metavar="FILE", help="write the results there as JSON")
 
 
