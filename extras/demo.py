@@ -27,7 +27,7 @@ ROWS = {   # language: (its name, its adapter)
     "py": ("Python", None), "pl": ("Perl", "perl"), "js": ("JavaScript", "javascript"),
     "sh": ("Bash", "bash")}
 NEW = 96       # tokens of a program at most
-ROUNDS = 3     # of the timing
+ROUNDS = 2     # of the timing
 TRAINING = (   # how such adapters are made
     "python -m extras.toy_problems out/problems --more 180000; python train.py --adapter flora "
     "--rank 3 --targets all --data out/problems/more/{language} --keep-duplicates "
@@ -92,7 +92,7 @@ def verdict(problem, text):
 
 
 def time_batch(engine, tokenizer, problems, ids):
-    """-> (tokens/s of the four as one batch, of the four one after another), medians in turns."""
+    """-> (tokens/s of the four as one batch, one after another), means of rounds in turns."""
     def speed(groups):
         begin, tokens = time.perf_counter(), 0
         for group in groups:
@@ -101,7 +101,7 @@ def time_batch(engine, tokenizer, problems, ids):
 
     alone = [{language: problem} for language, problem in problems.items()]
     rounds = [(speed([problems]), speed(alone)) for _ in range(ROUNDS)]
-    return [statistics.median(found) for found in zip(*rounds)]
+    return [statistics.mean(found) for found in zip(*rounds)]
 
 
 def side_by_side(columns):
@@ -159,7 +159,7 @@ def demo(args):
                         for language in ROWS]))
     batch, alone = time_batch(engine, tokenizer, problems, ids)
     print(f"\n{batch:.0f} tokens/s as one batch, {alone:.0f} one after another "
-          f"({torch.get_num_threads()} threads, medians of {ROUNDS})")
+          f"({torch.get_num_threads()} threads, means of {ROUNDS} rounds)")
     if args.png:
         draw(args.png, task, programs, verdicts)
 
