@@ -220,13 +220,16 @@ def percent(found):
     return f"{found['mean']:.1f}{spread}"
 
 
+def error_cells(scores):
+    return [f"{scores[key]:.1f}" for key in ("wer", "wer_normalised", "cer")]
+
+
 def speech(data):
     """Error rates in percent, mean ± standard deviation over the seeds, a table for each language."""
     tables = []
     for language, methods in data["table"].items():
         base = data["base"][language]
-        lines = [["base", "", "", f"{base['wer']:.1f}", f"{base['wer_normalised']:.1f}",
-                  f"{base['cer']:.1f}", ""]]
+        lines = [["base", "", "", *error_cells(base), ""]]
         for method, row in methods.items():
             cells = [percent(row[key]) for key in ("wer", "wer_normalised", "cer")]
             lines.append([method, f"{data['rates'][method]:g}", f"{row['parameters']:,}", *cells,
@@ -249,10 +252,9 @@ def one_training(data):
     """Of whisper train: the error rates before and after, and the loss on dev.tsv."""
     trained = (f"{NAMES[data['adapter']]} r{data['rank']}, {data['steps']} steps of "
                f"{data['seconds_per_step']:.1f} s in {data['dtype']}")
-    lines = [[name, f"{rates['wer']:.1f}", f"{rates['wer_normalised']:.1f}", f"{rates['cer']:.1f}",
-              rates["endless"], f"{loss:.3f}"]
-             for name, rates, loss in [("base", data["before"], data["heldout_loss_before"]),
-                                       (trained, data["after"], data["heldout_loss_after"])]]
+    lines = [[name, *error_cells(data[when]), data[when]["endless"],
+              f"{data[f'heldout_loss_{when}']:.3f}"]
+             for name, when in [("base", "before"), (trained, "after")]]
     return markdown(["", "raw WER", "normalised WER", "CER", "endless clips",
                      "loss on `dev`, nats per token"], lines)
 
@@ -309,17 +311,23 @@ def hira_peers(data):
 def engines(*files):
     """peers_engines: of how many prompts an engine's tokens are ours, a line for each form in which
     it opens the exports; what it said of those that it does not open stands below."""
-    errors, lines, exports = {}, [], []
+    rows = [row for data in files for row in data["rows"]]
+    exports, forms = (list(dict.fromkeys(row[key] for row in rows)) for key in ("export", "form"))
+    errors = list(dict.fromkeys(row["error"] for row in rows if "error" in row))
+
+    def cell(row):
+        if "error" in row:
+            return f"({1 + errors.index(row['error'])})"
+        return f"{row['same']} of {row['prompts']}"
+
+    lines = []
     for data in files:
-        exports = list(dict.fromkeys(row["export"] for row in data["rows"]))
+        found = {(row["form"], row["export"]): row for row in data["rows"]}
+        # the longest name has PEFT's version in it
         engine = max((row.get("engine", "") for row in data["rows"]), key=len)
-        for form in dict.fromkeys(row["form"] for row in data["rows"]):
-            cells = []
-            for row in [row for row in data["rows"] if row["form"] == form]:
-                error = errors.setdefault(row["error"], len(errors) + 1) if "error" in row else None
-                cells.append(f"({error})" if error else f"{row['same']} of {row['prompts']}")
-            lines.append([engine, form, *cells])
-    notes = [f"({number}) {error}" for error, number in errors.items()]
+        lines += [[engine, form, *(cell(found[form, export]) for export in exports)]
+                  for form in forms]
+    notes = [f"({number}) {error}" for number, error in enumerate(errors, start=1)]
     return "\n\n".join([markdown(["engine", "folder", *exports], lines), *notes])
 
 

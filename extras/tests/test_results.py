@@ -80,7 +80,8 @@ def project(measured, tmp_path, monkeypatch):
              (results.speech, WHISPER), (results.inflection, BENCH), (results.one_request, ALONE),
              (results.trainings, lora, copy), (results.copies, copy), (results.bases, lora),
              (results.passed, measured["passk"]), (results.judged, measured["passk"]),
-             (results.hira_peers, HIRA), (results.heard, HEARD), (results.one_training, SPEECH), (results.engines, ENGINES)]
+             (results.hira_peers, HIRA), (results.heard, HEARD), (results.one_training, SPEECH),
+             (results.engines, ENGINES)]
     tables = {}
     for i, (make, *files) in enumerate(kinds):
         names = [f"{i}-{j}.json" for j in range(len(files))]

@@ -79,11 +79,11 @@ def flags(command, data, out, *more):
 def test_trainings_are_in_the_dtype_that_the_device_computes_in_by_default(tmp_path):
     """"meta" stands for a device that is not a CPU."""
     cpu = choose_dtype(torch.device("cpu"))[0]
+    given = ["--weights", str(FOLDER), "--data", str(tmp_path), "--language", "cs", "--device"]
     for command, device, dtype in [("train", "cpu", cpu), ("train", "meta", "bfloat16"), ("score", "cpu", "float32")]:
-        given = [command, "--weights", FOLDER, "--data", tmp_path, "--language", "cs", "--device", device]
-        assert whisper.parse_args(list(map(str, given))).dtype == dtype
+        assert whisper.parse_args([command, *given, device]).dtype == dtype
     with pytest.raises(BadInput, match="--device tpu9: not usable here"):
-        whisper.parse_args(["train", *map(str, given[1:-1]), "tpu9"])
+        whisper.parse_args(["train", *given, "tpu9"])
 
 
 # ----------------------------------------------------------------------------------- Hugging Face's values
