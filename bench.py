@@ -38,8 +38,8 @@ import flora
 from flora import BadInput, extra, write_json
 from generate import new_engine
 from model import (GPT, JSON, PNG, PRESETS, Tokenizer, add_common_flags, check_numbers,
-                   check_writable, describe_machine, describe_run, get_device, get_dtype,
-                   model_from_config, preset, run_main, save_figure, write_each)
+                   check_writable, get_device, get_dtype, model_from_config, preset, provenance,
+                   run_main, save_figure, write_each)
 
 BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
@@ -650,8 +650,8 @@ def describe(args, model, workload):
     """What is measured, on what: the head of the results."""
     prompts, outputs = np.array([(len(prompt), output) for prompt, output in workload]).T
     totals, folder = prompts + outputs, os.path.basename(os.path.abspath(args.weights))
-    return dict(
-        run=describe_run(), machine=describe_machine(model.wte.weight.device), dtype=args.dtype,
+    return provenance(model.wte.weight.device) | dict(
+        dtype=args.dtype,
         model=dict(name=f"{args.model}, random weights" if args.model else folder,
                    parameters=sum(p.numel() for p in model.base_parameters().values()),
                    quantize=args.quantize, attention=args.attention, compile=args.compile),

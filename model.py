@@ -962,8 +962,12 @@ def difference(made, now):
     return None
 
 
+def provenance(device="cpu"):
+    """What every file of results begins with: what made the figures, and on what."""
+    return dict(run=describe_run(), machine=describe_machine(torch.device(device)))
+
+
 def describe_machine(device):
-    """What the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as f:
@@ -977,7 +981,7 @@ def describe_machine(device):
 
 
 def describe_run():
-    """What made the figures: the command, the commit of the code, and the day."""
+    """The command, the commit of the code, and the day."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "describe", "--always", "--dirty", "--exclude=*"]
     try:

@@ -36,8 +36,8 @@ import flora
 from flora import BadInput, write_json
 from generate import generate, new_text
 from model import (EMBEDDED, GPT, JSON, Tokenizer, adapter_digest, add_common_flags, base_digest,
-                   check_numbers, check_writable, describe_machine, describe_run, difference,
-                   digest, get_device, locked, model_class, read_config, run_main, write_each)
+                   check_numbers, check_writable, difference, digest, get_device, locked,
+                   model_class, provenance, read_config, run_main, write_each)
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 # torchrun's: this process's number and how many there are; without torchrun there is one.
@@ -591,8 +591,7 @@ def say_sizes(args, model, parameters):
 def make_report(args, model, parameters, data, log, rate):
     """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
     before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
-    return dict(
-        run=describe_run(), machine=describe_machine(model.wte.weight.device),
+    return provenance(model.wte.weight.device) | dict(
         adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
         targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
         batch_size=args.batch_size, block_size=args.block_size,

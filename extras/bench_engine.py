@@ -27,8 +27,8 @@ from extras.int8 import quantize_int8
 from extras.results import engine as table_of
 from flora import BadInput, write_json
 from generate import new_engine
-from model import (GPT, JSON, check_numbers, check_writable, describe_machine, describe_run,
-                   model_from_config, preset, run_main)
+from model import (GPT, JSON, check_numbers, check_writable, model_from_config, preset, provenance,
+                   run_main)
 
 ROWS = ["base:float32", "flora1:float32", "flora8:float32", "lora1:float32", "lora8:float32",
         "base:bfloat16", "flora1:bfloat16", "flora8:bfloat16", "base:int8", "base:int8-dynamic"]
@@ -151,9 +151,8 @@ def main():
     args = parser.parse_args()
     check_numbers(args, ["slots", "repeats"], at_least_0=["seed"])
     check_writable(args.json, "--json", JSON)
-    data = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")),
-                model=args.weights or args.model, slots=args.slots, tokens=TOKENS,
-                repeats=args.repeats, rows=measure(args))
+    data = provenance() | dict(model=args.weights or args.model, slots=args.slots, tokens=TOKENS,
+                               repeats=args.repeats, rows=measure(args))
     print(table_of(data))
     if args.json:
         write_json(args.json, data)

@@ -38,8 +38,8 @@ from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results, re
                              rewrite_results)
 from flora import BadInput, write_json
 from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
-from model import (JSON, adapter_digest, add_common_flags, base_digest, check_writable,
-                   describe_machine, describe_run, difference, digest, get_device, locked, run_main)
+from model import (JSON, adapter_digest, add_common_flags, base_digest, check_writable, difference,
+                   digest, get_device, locked, provenance, run_main)
 
 HUMANEVAL_KEYS = ("task_id", "prompt", "test", "entry_point")
 HUMANEVAL_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]   # of the Codex paper
@@ -513,8 +513,7 @@ def report(args, identity, everything, results, ks):
             names |= dict(weights=args.weights, adapter=args.adapter)
         tools = {p.language: interpreter_of(p.language)._asdict() for p in problems}
         each = [dict(file=p.file, name=p.name, **c) for p, c in zip(problems, counts)]
-        write_json(args.json, dict(
-            run=describe_run(), machine=describe_machine(get_device(args.device)),
+        write_json(args.json, provenance(get_device(args.device)) | dict(
             settings=identity | names, languages=tools, broken=broken, rows=rows, problems=each))
 
 

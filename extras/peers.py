@@ -38,8 +38,8 @@ from extras.peft import save_peft
 from extras.results import peers as table_of
 from flora import BadInput, write_json
 from generate import Engine
-from model import (GPT, JSON, check_numbers, check_writable, describe_machine, describe_run,
-                   model_from_config, preset, read_config, run_main)
+from model import (GPT, JSON, check_numbers, check_writable, model_from_config, preset, provenance,
+                   read_config, run_main)
 
 KINDS = ("flora", "lora")
 NAMES = {"flora": "FLoRA", "lora": "LoRA"}
@@ -382,10 +382,10 @@ def compare(args):
     verdicts = {row: verdict(row, places)
                 for row, places in partings(args, prompts, tokens, expected).items()}
     rows = {row: run for row, run in rows.items() if verdicts.get(row, (True, ""))[0]}
-    data = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")),
-                versions=versions, model=args.model, requests=args.requests, prompt=args.prompt,
-                new=args.new, repeats=args.repeats, notes=[said for _, said in verdicts.values()],
-                rows=summary(args, measure(args, rows), same))
+    data = provenance() | dict(
+        versions=versions, model=args.model, requests=args.requests, prompt=args.prompt,
+        new=args.new, repeats=args.repeats, notes=[said for _, said in verdicts.values()],
+        rows=summary(args, measure(args, rows), same))
     print(table_of(data))
     if args.json:
         write_json(args.json, data)

@@ -23,8 +23,7 @@ import torch
 import flora
 from flora import BadInput, read_json, write_json
 from generate import generate
-from model import (JSON, GPT, Tokenizer, check_writable, describe_machine, describe_run,
-                   run_main)
+from model import GPT, JSON, Tokenizer, check_writable, provenance, run_main
 
 FORMS, NEW, RANK = ("merged", "peft"), 24, 4   # NEW tokens; adapters of RANK
 
@@ -143,8 +142,7 @@ def compare(args):
             print(f"{name}, {form}: {result}", flush=True)
             rows.append(row)
     if args.json:
-        write_json(args.json, dict(
-            run=describe_run(), machine=describe_machine(torch.device("cpu")), rows=rows))
+        write_json(args.json, provenance() | dict(rows=rows))
 
 
 def main():

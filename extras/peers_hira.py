@@ -27,7 +27,7 @@ import flora
 from extras.results import hira_peers as table_of
 from flora import write_json
 from generate import Engine
-from model import GPT, JSON, check_writable, describe_machine, describe_run, run_main
+from model import GPT, JSON, check_writable, provenance, run_main
 
 
 def write_folders(base, folder, n, rank):
@@ -107,7 +107,7 @@ def report(args, tokens, seconds):
         rows.append(dict(name=name, same=same, tokens_per_second=work / statistics.median(times),
                          tokens_per_second_min=work / max(times),
                          tokens_per_second_max=work / min(times)))
-    data = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")), rows=rows)
+    data = provenance() | dict(rows=rows)
     data |= {name: getattr(args, name) for name in ("adapters", "rank", "prompt", "new", "repeats")}
     print(f"{args.adapters} HiRAs of rank {args.rank}, {args.prompt} + {args.new} tokens each, "
           f"{args.repeats} repeats\n{table_of(data)}")

@@ -28,8 +28,7 @@ import train
 from extras import fast
 from extras.results import beside_peft as table_of
 from flora import BadInput, write_json
-from model import (GPT, JSON, check_numbers, check_writable, describe_machine, describe_run,
-                   read_config, run_main)
+from model import GPT, JSON, check_numbers, check_writable, provenance, read_config, run_main
 
 ROWS = ["PEFT's LoRA", "LoRA", "FLoRA", "IA3", "LoRA --fast", "FLoRA --fast", "IA3 --fast"]
 WARM_UP = 2   # steps
@@ -104,8 +103,7 @@ def compare(args):
     check_losses(rows)
     settings = {name: getattr(args, name) for name in
                 ("weights", "batch_size", "block_size", "steps", "repeats")}
-    data = dict(run=describe_run(), rows=rows, **settings,
-                machine=describe_machine(torch.device("cpu")))
+    data = provenance() | dict(rows=rows, **settings)
     print(table_of(data))
     if args.json:
         write_json(args.json, data)

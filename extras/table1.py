@@ -28,8 +28,8 @@ import train
 from extras.fast import check_packs
 from extras.results import name_of
 from flora import BadInput, read_json, write_json
-from model import (PNG, add_common_flags, check_writable, describe_machine, describe_run,
-                   difference, run_main, save_figure, write_each)
+from model import (PNG, add_common_flags, check_writable, difference, provenance, run_main,
+                   save_figure, write_each)
 
 TRAIN = train.__file__
 WITH_PARENT = str(Path(__file__).with_name("with_parent.py"))
@@ -319,8 +319,7 @@ def finish(args, table, sweep, title, height, **more):
     names = ("seeds", "steps", "batch_size", "block_size", "dtype")
     settings = {name: getattr(args, name) for name in names}
     settings["weights"] = os.path.relpath(args.weights)
-    result = dict(run=describe_run(), machine=describe_machine(torch.device(args.device)),
-                  table=table, sweep=sweep, **settings, **more)
+    result = provenance(args.device) | dict(table=table, sweep=sweep, **settings, **more)
     write_each(partial(write_json, args.json, result),
                partial(draw, args.png, table, title, height))
     print(f"\nwrote {args.json} and {args.png}")

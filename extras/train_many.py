@@ -34,7 +34,7 @@ import train
 from extras.results import many as table_of
 from extras.table1 import CORPORA
 from flora import BadInput, read_json, write_json
-from model import (JSON, check_numbers, check_writable, describe_machine, describe_run, run_main)
+from model import JSON, check_numbers, check_writable, provenance, run_main
 
 ONE_OR_EACH = ("adapter", "rank", "lr", "steps", "seed")   # flags of one value, or one per adapter
 
@@ -179,8 +179,7 @@ def speed(args, shared):
     turns, after one that is not counted."""
     check_numbers(args, ["speed", "rows", "repeats"])
     check_writable(args.json, "--json", JSON)
-    about = dict(run=describe_run(), machine=describe_machine(torch.device("cpu")),
-                 repeats=args.repeats)
+    about = provenance() | dict(repeats=args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         words = random_words(folder)
         flags = ["--steps", "6", "--eval-every", "1000", "--eval-tokens", "500",

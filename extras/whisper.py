@@ -38,8 +38,8 @@ from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend
                                   load_whisper, log_mel, read_audio, window_of, write_greedily)
 from flora import BASE, BadInput, open_file, read_json, write_json
 from generate import load_adapters, one_each
-from model import (JSON, base_digest, check_numbers, check_writable, describe_machine, describe_run,
-                   difference, digest, get_device, read_config, run_main)
+from model import (JSON, base_digest, check_numbers, check_writable, difference, digest,
+                   get_device, provenance, read_config, run_main)
 
 MODEL = Whisper   # model.py finds it by config.json's model_type
 
@@ -239,8 +239,8 @@ def make_report(args, model, parameters, log, rate):
     """What OUT/log.json holds, but for the error rates."""
     names = ("adapter", "rank", "targets", "lr", "seed", "steps", "batch_size", "language",
              "window", "device", "dtype", "made_with")
-    return {name: getattr(args, name) for name in names} | dict(
-        run=describe_run(), machine=describe_machine(torch.device(args.device)),
+    settings = {name: getattr(args, name) for name in names}
+    return provenance(args.device) | settings | dict(
         heldout_loss_before=log[0]["heldout_loss"], heldout_loss_after=log[-1]["heldout_loss"],
         trainable_parameters=train.count(parameters),
         total_parameters=train.count(model.base_parameters()), seconds=log[-1]["seconds"],
@@ -319,8 +319,7 @@ def score_adapters(args):
         rows.append(dict(adapter=name) | scores)
         print(f"{name}: {said(scores)}; {scores['words']} words, {scores['seconds']:.0f} s")
     if args.json:
-        write_json(args.json, dict(
-            run=describe_run(), machine=describe_machine(torch.device(args.device)),
+        write_json(args.json, provenance(args.device) | dict(
             language=args.language, window=args.window, dtype=args.dtype, rows=rows))
 
 
@@ -469,8 +468,8 @@ def show(args, bases, logs, rates, sweep):
     sweep = {method: {f"{rate:g}": loss for rate, loss in tried.items() if loss < math.inf}
              for method, tried in sweep.items()}
     settings = {name: getattr(args, name) for name in ("steps", "batch_size", "window", "dtype")}
-    data = dict(run=describe_run(), machine=describe_machine(torch.device(args.device)), base=bases,
-                table=rows, rates=rates, sweep=sweep, **settings)
+    data = provenance(args.device) | dict(
+        base=bases, table=rows, rates=rates, sweep=sweep, **settings)
     print(f"\n{speech(data)}")
     write_json(args.json, data)
 
