@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import flora
 import train
-from flora import BadInput
+from flora import BadInput, write_json
 from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer, run_main
 
 LEARNING_RATE = 2e-3   # train.py's default --lr
@@ -55,7 +55,8 @@ def distinct_files():
 
 
 def train_tokenizer(texts, file, vocab_size):
-    """Write a sentencepiece BPE model that keeps whitespace exactly and falls back to bytes.
+    """Write a sentencepiece BPE model that keeps whitespace exactly and falls back to bytes, and
+    beside it the names of its special tokens, for transformers and CTranslate2.
 
     It learns from as many entire texts, in their order, as make TOKENIZER_CHARACTERS."""
     import sentencepiece
@@ -70,6 +71,8 @@ def train_tokenizer(texts, file, vocab_size):
             remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
             user_defined_symbols=["\n", "\n\n", "\t", *indents], max_sentence_length=1 << 20,
             eos_id=0, eos_piece="<|endoftext|>", unk_id=1, bos_id=-1, pad_id=-1, minloglevel=2)
+    write_json(file.with_name("tokenizer_config.json"), dict(
+        bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<unk>"))
 
 
 def new_base(args, device, texts, checkpoint):

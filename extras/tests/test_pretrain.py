@@ -3,14 +3,15 @@ import os
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 import generate
 import train
 from extras import pretrain
-from flora import BadInput
-from model import GPT, Tokenizer
+from flora import BadInput, read_json
+from model import EMBEDDED, GPT, Tokenizer
 from test_flora import HEADERS, check_training, check_two_processes
 
 
@@ -35,6 +36,9 @@ def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
     assert report["total_parameters"] == sum(p.numel() for p in model.parameters())
     tokens = generate.generate(model, [tokenizer.encode("int x")], max_new_tokens=5)[0]
     assert len(tokens) == 5
+    special = read_json(tmp_path / "base" / "tokenizer_config.json")
+    assert special == read_json(Path(EMBEDDED, "tokenizer_config.json"))
+    assert tokenizer.token_id(special["eos_token"]) == tokenizer.eos_id
 
 
 def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
@@ -71,7 +75,8 @@ def test_a_base_trained_into_the_folder_of_a_model_replaces_it_at_the_end_all_at
     train.train(train.parse_args([*flags, "--resume"]))
     assert GPT.from_pretrained(out).config.n_layer == 1 and Tokenizer(out).vocab_size == 500
     assert sorted(os.listdir(out)) == ["checkpoint.pt", "config.json", "log.json",
-                                       "model.safetensors", "tokenizer.model"]
+                                       "model.safetensors", "tokenizer.model",
+                                       "tokenizer_config.json"]
     train.train(train.parse_args([*flags, "--resume"]))   # of a finished run: the same
     assert Tokenizer(out).vocab_size == 500
 
