@@ -6,9 +6,6 @@
 A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them
 is made by the function of TABLES from its files, which the command named in each wrote with --json.
 So no number in a table is typed, and extras/tests/test_results.py fails where one was.
-
-`<!-- old table NAME -->` marks a table that was measured before there were such files. It stays as
-it is until the last of its files is there; from then on it is a place like any other.
 """
 import re
 import sys
@@ -22,7 +19,7 @@ from model import run_main
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "extras" / "results"
 TEXTS = [ROOT / "README.md", ROOT / "extras" / "RESULTS.md"]
-PLACE = re.compile(r"<!-- (?P<old>old )?table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
+PLACE = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def markdown(head, rows):
@@ -398,10 +395,7 @@ def render(place):
         raise BadInput(f"<!-- table {name} -->: there is no such table; use one of "
                        f"{', '.join(TABLES)}")
     names, table = TABLES[name]
-    files = [DATA / file for file in names.split()]
-    if place["old"] and not all(file.exists() for file in files):
-        return place[0]
-    data = [read_json(file) for file in files]
+    data = [read_json(DATA / file) for file in names.split()]
     return f"<!-- table {name} -->\n{table(*data)}\n\n{caption(*data)}\n<!-- end -->"
 
 
