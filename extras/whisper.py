@@ -434,7 +434,7 @@ def check_made_with(file, kept, now):
 
 
 def tune(args, language, folder):
-    """The loss on dev.tsv of each method and rate, with the seed --seed and --tune-steps
+    """The loss on dev.tsv of each method and rate, after --tune-steps, a mean over --tune-seeds
     -> {method: {rate: loss}}.
 
     The rates go up from the kind's default by factors of two, and on in either direction while the
@@ -445,19 +445,26 @@ def tune(args, language, folder):
         wanted = [default, 2 * default]
         while wanted:
             for rate in wanted:
-                run = run_args(args, language, folder, method, rate, args.seed,
-                               steps=args.tune_steps, eval_every=args.tune_steps,
-                               out=f"{args.out}/{language}/tune/{method}/{rate:g}")
-                try:
-                    tried[rate] = result_of(run, scored=False)["heldout_loss_after"]
-                except FloatingPointError as e:
-                    print(f"{run.out}: {e}", file=sys.stderr)
-                    tried[rate] = math.inf
+                losses = [tuning_loss(args, language, folder, method, rate, seed)
+                          for seed in args.tune_seeds]
+                tried[rate] = sum(losses) / len(losses)
             wanted = next_rates(tried)
         sweep[method] = tried
         cells = "  ".join(f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried))
         print(f"{method}: loss on dev.tsv by rate: {cells}")
     return sweep
+
+
+def tuning_loss(args, language, folder, method, rate, seed):
+    """One training of `tune` -> its loss on dev.tsv, infinite if it diverged."""
+    run = run_args(args, language, folder, method, rate, seed,
+                   steps=args.tune_steps, eval_every=args.tune_steps,
+                   out=f"{args.out}/{language}/tune/{method}/{rate:g}/{seed}")
+    try:
+        return result_of(run, scored=False)["heldout_loss_after"]
+    except FloatingPointError as e:
+        print(f"{run.out}: {e}", file=sys.stderr)
+        return math.inf
 
 
 def show(args, bases, logs, rates, sweep):
@@ -561,7 +568,7 @@ def add_table_flags(add):
         help="rates are chosen on the first")
     add("--methods", nargs="+", choices=list(METHODS), default=PAPERS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--seed", type=int, default=100, help="of the choice of rates alone")
+    add("--tune-seeds", nargs="+", type=int, default=[100], help="of the choice of rates alone")
     add("--tune-steps", type=int, default=60, help="of the choice of rates alone")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
     add("--out", default="out/whisper-table", metavar="FOLDER")
@@ -581,7 +588,8 @@ def check_args(args):
         return [flag for flag in flags if flag in args]
     check_numbers(args, given("rank", "steps", "batch_size", "window", "max_new_tokens",
                               "eval_every", "tune_steps"),
-                  given("warmup", "seed", "seeds"), given("lr", "clip", "alpha", "longest"))
+                  given("warmup", "seed", "seeds", "tune_seeds"),
+                  given("lr", "clip", "alpha", "longest"))
 
 
 def fill_in(args):
