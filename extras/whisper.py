@@ -568,7 +568,8 @@ def add_table_flags(add):
         help="rates are chosen on the first")
     add("--methods", nargs="+", choices=list(METHODS), default=PAPERS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--tune-seeds", nargs="+", type=int, default=[100], help="of the choice of rates alone")
+    add("--tune-seeds", nargs="+", type=int, default=[100, 101, 102],
+        help="of the choice of rates alone")
     add("--tune-steps", type=int, default=60, help="of the choice of rates alone")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
     add("--out", default="out/whisper-table", metavar="FOLDER")

@@ -389,7 +389,8 @@ def fake_rates(sentences, written):
 def test_the_table_tunes_trains_scores_and_goes_on(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(whisper, "error_rates", fake_rates)
     monkeypatch.setattr(whisper, "load_jiwer", lambda: None)
-    argv = flags("table", f"cs={data}", tmp_path / "t", "--methods", "flora-r1", "ia3", "--tune-steps", 2, "--steps", 3)
+    argv = flags("table", f"cs={data}", tmp_path / "t", "--methods", "flora-r1", "ia3", "--tune-seeds", 100,
+                 "--tune-steps", 2, "--steps", 3)
     whisper.table(whisper.parse_args([*argv, "--seeds", "0"]))
     first = json.loads((tmp_path / "t" / "table.json").read_text())
     assert first["base"]["cs"]["wer"] == 200 and first["table"]["cs"].keys() == {"flora-r1", "ia3"}
