@@ -211,10 +211,10 @@ def rates(data):
 # ------------------------------------------------------------------------------ results of whisper
 
 
-def percent(found):
+def with_spread(found, digits=1):
     """Mean ± standard deviation; the mean alone of one seed."""
-    spread = f" ± {found['spread']:.1f}" if len(found["seeds"]) > 1 else ""
-    return f"{found['mean']:.1f}{spread}"
+    spread = f" ± {found['spread']:.{digits}f}" if len(found["seeds"]) > 1 else ""
+    return f"{found['mean']:.{digits}f}{spread}"
 
 
 def error_cells(scores):
@@ -222,20 +222,22 @@ def error_cells(scores):
 
 
 def speech(data):
-    """Error rates in percent, mean ± standard deviation over the seeds, a table for each language."""
+    """Error rates in percent and the loss on dev.tsv, mean ± standard deviation over the seeds, and
+    each seed's endless clips; a table for each language."""
     tables = []
     for language, methods in data["table"].items():
         base = data["base"][language]
-        lines = [["base", "", "", *error_cells(base), ""]]
+        lines = [["base", "", "", *error_cells(base), base["endless"], "", ""]]
         for method, row in methods.items():
-            cells = [percent(row[key]) for key in ("wer", "wer_normalised", "cer")]
+            cells = [with_spread(row[key]) for key in ("wer", "wer_normalised", "cer")]
             lines.append([method, f"{data['rates'][method]:g}", f"{row['parameters']:,}", *cells,
-                          f"{row['seconds']['mean']:.0f}"])
+                          ", ".join(map(str, row["endless"]["seeds"])),
+                          with_spread(row["heldout_loss"], 3), f"{row['seconds']['mean']:.0f}"])
         seeds = len(next(iter(methods.values()))["wer"]["seeds"])
         tables.append(f"{language}: {base['clips']} clips, {base['words']} words; {data['steps']} "
                       f"steps of {data['batch_size']} clips, {data['dtype']}, seeds: {seeds}\n\n" +
                       markdown(["", "rate", "parameters", "raw WER", "normalised WER", "CER",
-                                "training, s"], lines))
+                                "endless clips", "loss on `dev`", "training, s"], lines))
     return "\n\n".join(tables)
 
 

@@ -351,7 +351,7 @@ def transcribe(args):
 # ------------------------------------------------------------------------------------------- table
 
 SCORE = {"wer": float, "wer_normalised": float, "cer": float, "seconds": float, "words": int,
-         "clips": int}
+         "clips": int, "endless": int}
 LOG = {"heldout_loss_after": float, "trainable_parameters": int, "seconds": float, "made_with": {}}
 
 
@@ -483,8 +483,9 @@ def show(args, bases, logs, rates, sweep):
 
 def row_of(runs):
     """The log.json of each seed -> {measure: mean, spread, seeds}."""
-    row = {key: over_seeds([run["after"][key] for run in runs]) for key in RATES}
-    return row | dict(seconds=over_seeds([run["seconds"] for run in runs]),
+    row = {key: over_seeds([run["after"][key] for run in runs]) for key in (*RATES, "endless")}
+    return row | dict(heldout_loss=over_seeds([run["heldout_loss_after"] for run in runs]),
+                      seconds=over_seeds([run["seconds"] for run in runs]),
                       parameters=runs[0]["trainable_parameters"])
 
 

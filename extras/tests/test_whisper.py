@@ -402,11 +402,11 @@ def test_the_table_tunes_trains_scores_and_goes_on(data, tmp_path, monkeypatch, 
     assert made == [str(tmp_path / "t" / "cs" / method / "1") for method in ("flora-r1", "ia3")]   # the rest was kept
     assert "| flora-r1 |" in capsys.readouterr().out
     whisper.table(whisper.parse_args([*argv, "--seeds", "0", "--tune-seeds", "100", "101"]))
-    loss_of = {seed: json.loads((tmp_path / "t" / "cs" / "tune" / "ia3" / "0.02" / seed / "log.json").read_text())["heldout_loss_after"]
-               for seed in ("100", "101")}
-    assert first["sweep"]["ia3"]["0.02"] == loss_of["100"] != loss_of["101"]
+    logs = [tmp_path / "t" / "cs" / "tune" / "ia3" / "0.02" / seed / "log.json" for seed in ("100", "101")]
+    one, other = (json.loads(log.read_text())["heldout_loss_after"] for log in logs)
+    assert first["sweep"]["ia3"]["0.02"] == one != other
     both = json.loads((tmp_path / "t" / "table.json").read_text())["sweep"]["ia3"]["0.02"]
-    assert both == pytest.approx((loss_of["100"] + loss_of["101"]) / 2)
+    assert both == pytest.approx((one + other) / 2)
     with pytest.raises(BadInput, match="log.json was made with --steps 2, not 1; choose another --out"):
         whisper.table(whisper.parse_args([*argv, "--tune-steps", "1"]))
     with pytest.raises(BadInput, match="--data cs: use LANGUAGE=FOLDER"):
