@@ -15,25 +15,21 @@ Reading order: (1) the equations as functions, (2) what one projection learns (`
 save, load. (5) and (6), at the end, read and write files. Further kinds, and other forms in which
 W0 may be held, stand in extras/.
 """
-import contextlib
-import importlib
 import json
 import os
-import reprlib
-import stat
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
 from torch import nn
 
+from plumbing.adapter_files import ADAPTER_METADATA, fill, load_tensors
+from plumbing.files import BadInput, check
+
+from plumbing.outputs import save_tensors
+from plumbing.registry import extra
+
 BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
-
-
-class BadInput(ValueError):
-    """A mistake in what the caller gave, told in one sentence. Scripts print it and exit with 2."""
 
 
 # ------------------------------------------------------------------------------- 1 the equations
@@ -468,16 +464,6 @@ class AdapterLinear(nn.Linear):
 # -------------------------------------------------------------------------- 4 verbs on a model
 
 
-def extra(name, what):
-    """The module extras/NAME.py, which `what` (a flag, or what stood in a file) asks for."""
-    try:
-        return importlib.import_module(f"extras.{name}")
-    except ModuleNotFoundError as e:
-        if e.name not in ("extras", f"extras.{name}"):
-            raise
-        raise BadInput(f"{what} needs extras/{name}.py, which is not here") from None
-
-
 def adapter_class(kind):
     """The Adapter of a kind: one of KINDS, or the ADAPTER of extras/KIND.py."""
     if isinstance(kind, str) and kind in KINDS:
@@ -633,10 +619,6 @@ def save_adapter(model, adapter_id, file, training=None):
     save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
 
 
-ADAPTER_METADATA = {"kind": str, "rank": float, "targets": [str], "alpha": float, "base": str,
-                    "activation?": str}
-
-
 def load_adapter(model, file):
     """Add the adapter that save_adapter wrote to `file`, or that of a PEFT folder (extras/peft.py);
     returns its id.
@@ -667,191 +649,6 @@ def load_adapter(model, file):
 # --------------------------------------------------------------------- 5 files: right or refused
 
 
-def fill(model, adapters, named, tensors, file):
-    """Give adapters that were made on "meta" the `tensors` read from `file`; memory is taken once
-    all fit. named(adapters) -> {name in the file: tensor of an adapter}."""
-    wanted = named(adapters)
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise BadInput(f"{file}: tensor {name} is {'missing' if name in wanted else 'unexpected'}")
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
-            raise BadInput(f"{file}: {name} has shape {list(tensors[name].shape)}, "
-                           f"this model needs {list(tensor.shape)}")
-        check_weights(name, tensors[name], file)
-    for name, adapter in adapters.items():
-        adapter.to_empty(device=model.get_submodule(name).weight.device)
-    with torch.no_grad():
-        for name, tensor in named(adapters).items():
-            tensor.copy_(tensors[name])
-
-
-def check_weights(name, tensor, file, kept=None):
-    """BadInput unless a tensor read from `file` can be weights: floating point, and finite, also in
-    the dtype in which it is `kept` (default: its own)."""
-    kept = tensor if kept is None else kept
-    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise BadInput(f"{file}: {name} holds {str(tensor.dtype).removeprefix('torch.')}; weights "
-                       "must be float32, bfloat16 or float16")
-    if kept.numel() and not all(extreme.isfinite() for extreme in kept.detach().aminmax()):
-        what = str(kept.dtype).removeprefix("torch.")
-        raise BadInput(f"{file}: {name} holds values that are not finite in {what}; it is damaged "
-                       "or diverged, or needs another --dtype")
-
-
-def existing_file(file, what="file"):
-    """`file`, or BadInput if it is not there, not a regular file, or a pointer of Git LFS."""
-    if not os.path.exists(file):
-        raise BadInput(f"{file}: no such {what}")
-    if not os.path.isfile(file):
-        raise BadInput(f"{file}: is not a {what} but a folder, device or pipe")
-    with open_file(file, "rb") as f:
-        if f.read(40).startswith(b"version https://git-lfs"):
-            raise BadInput(f"{file}: is a pointer of Git LFS, not the file itself; run "
-                           "git lfs pull")
-    return file
-
-
-def open_file(file, mode):
-    try:
-        return open(file, mode)
-    except OSError as e:
-        raise BadInput(f"{file}: cannot be read ({e.strerror})") from None
-
-
-def load_tensors(file):
-    """An adapter's safetensors file -> ({name: CPU tensor}, "flora_adapter" metadata or None)."""
-    existing_file(file, "adapter file")
-    try:
-        with safe_open(file, "pt") as f:
-            metadata = json.loads((f.metadata() or {}).get("flora_adapter", "null"))
-            return {name: f.get_tensor(name) for name in f.keys()}, metadata
-    except (SafetensorError, ValueError, RecursionError) as e:
-        raise BadInput(f"{file}: not a readable safetensors file ({e}); "
-                       "copy or train it again") from e
-
-
-WORDS = {str: "text", int: "a whole number", float: "a number that is finite",
-         bool: "true or false"}
-
-
-def check(value, schema, where, name="what it holds"):
-    """BadInput, naming `where` and the key, unless `value`, read from a file, has the form
-    `schema`: str, int, float (any finite number) or bool; [schema], a list; {key: schema}, an
-    object, in which a key written with "?" may be missing or null."""
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be a list")
-        for item in value:
-            check(item, schema[0], where, f"an entry of {name}")
-    elif isinstance(schema, dict):
-        if not isinstance(value, dict):
-            raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be an object")
-        for key, inner in schema.items():
-            key, optional = key.rstrip("?"), key.endswith("?")
-            if value.get(key) is not None:
-                check(value[key], inner, where, key)
-            elif not optional:
-                raise BadInput(f"{where}: has no {key}")
-    elif not is_a(value, schema):
-        raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be {WORDS[schema]}")
-
-
-def is_a(value, kind):
-    """Whether a value of JSON is of a kind: a bool is not a number, a number is finite, a whole
-    number has 64 bits."""
-    if kind is int:
-        return type(value) is int and -2**63 <= value < 2**63
-    if kind is float:
-        return type(value) in (int, float) and -1e300 < value < 1e300
-    return type(value) is kind
-
-
-def read_json(file, schema={}):
-    """The object in a JSON file; BadInput if it cannot be read or is not of the form `schema`."""
-    existing_file(file)
-    try:
-        with open_file(file, "rb") as f:
-            value = json.loads(f.read().decode("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise BadInput(f"{file}: not readable as JSON ({e})") from None
-    check(value, schema, file)
-    return value
-
-
 # --------------------------------------------------- 6 outputs: nothing overwritten, nothing lost
 
 
-def save_tensors(tensors, file, metadata):
-    """Write a safetensors file."""
-    with open_output(file) as f:
-        if stands(file):
-            f.write(save(tensors, metadata))
-        else:   # not by way of memory: a base model may fill most of it
-            save_file(tensors, f.name, metadata)
-
-
-def write_json(file, value):
-    """Write a JSON file."""
-    with open_output(file) as f:
-        f.write(json.dumps(value, indent=1).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def open_output(file):
-    """The one way in which a file is written: open for bytes under a temporary name, and renamed
-    when all is written, so that a kill or a full disk leaves what was there. Links are followed;
-    devices and pipes are written to as they stand. BadInput, naming the file, if it cannot be."""
-    try:
-        through = stands(file)
-        if through is None:
-            with replacing(os.path.realpath(file)) as f:
-                yield f
-        else:
-            with open(os.dup(through) if isinstance(through, int) else through, "wb") as f:
-                yield f
-    except (OSError, RuntimeError, SafetensorError) as e:
-        reason = e
-        while reason is not None and not isinstance(reason, (OSError, SafetensorError)):
-            reason = reason.__context__   # torch.save hides the OSError behind an error of its own
-        if reason is None:
-            raise
-        reason = getattr(reason, "strerror", None) or reason
-        raise BadInput(f"{file}: cannot be written ({reason})") from e
-
-
-def stands(file):
-    """What to write to if `file` is not to be replaced: the path of a device or pipe, the number
-    of this process's output if it is that file; otherwise None."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(found, os.fstat(stream)):
-                return stream
-    return None if stat.S_ISREG(found.st_mode) else file
-
-
-@contextlib.contextmanager
-def temporary(file):
-    """A file open for bytes beside `file`; it is gone at the end, unless it was renamed."""
-    name = f"{file}.{os.getpid()}.tmp"
-    try:
-        with open(name, "wb") as f:
-            yield f
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-@contextlib.contextmanager
-def replacing(file):
-    """A temporary file which, once written, takes the place and the permissions of `file`."""
-    with temporary(file) as f:
-        mode = os.stat(file if os.path.exists(file) else f.name).st_mode
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-        os.chmod(f.name, stat.S_IMODE(mode))
-        os.replace(f.name, file)

@@ -9,7 +9,6 @@ Text goes to standard output as it comes (with several prompts line by line, eac
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
 import argparse
-import reprlib
 import sys
 import time
 from collections import deque
@@ -19,10 +18,15 @@ from functools import partial
 import torch
 
 import flora
-from flora import BASE, BadInput
-from model import (GPT, JSON, Tokenizer, add_common_flags, check_numbers, check_writable,
-                   get_device, get_dtype, run_main, write_json)
-
+from flora import BASE
+from model import GPT
+from plumbing.files import BadInput
+from plumbing.flags import add_common_flags, check_numbers, get_device, get_dtype, run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.prompts import (Printer, bad_setting, cut_at_stop, encode_prompts, new_text,
+                              read_prompts, stop_check)
+from plumbing.registry import extra
+from plumbing.tokenizer import Tokenizer
 
 # ----------------------------------------------------------------------------------------- sampling
 
@@ -56,18 +60,6 @@ def as_list(ids):
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
-
-
-def bad_setting(max_new_tokens, temperature, top_k, top_p, seed):
-    """Why no text can be generated with these settings, in one sentence, or None."""
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        return (f"temperature {reprlib.repr(temperature)}, top_k {reprlib.repr(top_k)}, top_p "
-                f"{top_p}: the first two must be at least 0, top_p in (0, 1]")
-    for name, value, least, most in [
-            ("temperature", temperature, 0, 1e9), ("top_k", top_k, 0, 2**31),
-            ("max_new_tokens", max_new_tokens, 1, 2**31), ("seed", seed, 0, 2**62)]:
-        if not least <= value <= most:
-            return f"{name} is {reprlib.repr(value)}; it must be from {least} to {most:.4g}"
 
 
 @dataclass(eq=False)
@@ -369,11 +361,11 @@ def new_engine(model, slots=8, compile=False, **settings):
     compile: decode with torch.compile. CUDA without extras/ has the plain one.
     """
     if compile:
-        graphs = flora.extra("graphs", "--compile")
+        graphs = extra("graphs", "--compile")
         return graphs.GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":
         try:
-            return flora.extra("graphs", "a CUDA graph").GraphEngine(model, slots, **settings)
+            return extra("graphs", "a CUDA graph").GraphEngine(model, slots, **settings)
         except BadInput:
             pass
     return Engine(model, slots, **settings)
@@ -431,54 +423,6 @@ def generate(model, prompts, adapter_ids=None, **settings):
 # -------------------------------------------------------------------------------------- the command
 
 
-class Printer:
-    """Streams texts to standard output: one as it comes, several by line, with their numbers."""
-
-    def __init__(self, prompts):
-        self.many = len(prompts) > 1
-        self.pending = [prompt if self.many else "" for prompt in prompts]
-        self.shown = [0] * len(prompts)
-        if not self.many:
-            print(prompts[0], end="", flush=True)
-
-    def show(self, row, text, end=False):
-        """text: all that the row has generated so far, certain not to change."""
-        fresh, self.shown[row] = text[self.shown[row]:], len(text)
-        if not self.many:
-            print(fresh, end="\n" if end else "", flush=True)
-            return
-        *lines, self.pending[row] = (self.pending[row] + fresh).split("\n")
-        if end:
-            lines.append(self.pending[row])
-        for line in lines:
-            print(f"[{row + 1}] {line}", flush=True)
-
-
-def new_text(tokenizer, ids):
-    """The text of a request's new ids, without the end of text."""
-    return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids], continues=True)
-
-
-def cut_at_stop(text, stops):
-    """text up to the first of the strings `stops`."""
-    return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
-
-
-def stop_check(tokenizer, stops):
-    """A Request's `stopped` that finds one of the strings `stops` in its text; None without any."""
-    def stopped(ids):
-        text = tokenizer.decode(ids, continues=True)
-        return any(s in text for s in stops)
-    return stopped if stops else None
-
-
-def truncate(ids, room, bos_id):
-    """The last `room` of ids (at least one), a bos at their start kept."""
-    room = max(1, room)
-    kept = 1 if room > 1 and ids[:1] == [bos_id] else 0
-    return ids if len(ids) <= room else ids[:kept] + ids[kept - room:]
-
-
 def load_model(args):
     """The model and the tokenizer that the flags name."""
     tokenizer = Tokenizer(args.weights)
@@ -486,7 +430,7 @@ def load_model(args):
     model = GPT.from_pretrained(args.weights, device, dtype)
     model.set_attention(args.attention == "flash")
     if args.quantize:
-        int8 = flora.extra("int8", f"--quantize {args.quantize}")
+        int8 = extra("int8", f"--quantize {args.quantize}")
         int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
     return model, tokenizer
 
@@ -499,51 +443,6 @@ def load_adapters(model, names):
             loaded[name] = flora.load_adapter(model, name)
     flora.freeze_bank(model)
     return loaded
-
-
-def one_each(values, n, what):
-    """values for n prompts: as they are, or the one repeated."""
-    if len(values) not in (1, n):
-        raise BadInput(f"{len(values)} {what} for {n} prompts; give one for all, or one each")
-    return values if len(values) == n else values * n
-
-
-def read_prompts(args):
-    """The flags' prompts, and for each the name of its adapter: two lists of equal length."""
-    prompts = list(args.prompt)
-    for file in args.prompt_file:
-        try:
-            prompts.append(sys.stdin.read() if file == "-" else open(file, encoding="utf-8").read())
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadInput(f"--prompt-file {file}: not readable as UTF-8 text ({e})") from None
-    if not prompts:
-        raise BadInput("no prompt; give --prompt TEXT or --prompt-file FILE")
-    names = args.adapter or ["none"]
-    if len(prompts) == 1:
-        prompts = prompts * len(names)
-    return prompts, one_each(names, len(prompts), "--adapter")
-
-
-def encode_prompts(args, tokenizer, prompts, n_positions, failed):
-    """The ids of each prompt, around a gap where there is a --suffix, cut where --truncate says.
-    A prompt that cannot be encoded has none, and its reason stands in {row: why} `failed`."""
-    if args.suffix and tokenizer.fim_ids is None:
-        raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle "
-                       "tokens; StarCoder's has")
-    suffixes = one_each(args.suffix, len(prompts), "--suffix") if args.suffix else prompts
-    encoded = []
-    for row, (prompt, suffix) in enumerate(zip(prompts, suffixes)):
-        try:
-            ids = tokenizer.encode(prompt, bos=True)
-            if args.suffix:
-                before, between, after = ([i] for i in tokenizer.fim_ids)
-                ids = before + ids + between + tokenizer.encode(suffix) + after
-        except BadInput as e:
-            failed[row], ids = str(e), []
-        if args.truncate:
-            ids = truncate(ids, n_positions - args.max_new_tokens, tokenizer.bos_id)
-        encoded.append(ids)
-    return encoded
 
 
 def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed):
@@ -621,7 +520,7 @@ def check_args(parser, args):
 def main():
     args = parse_args()
     if args.requests:
-        return flora.extra("requests", "--requests").serve(args)
+        return extra("requests", "--requests").serve(args)
     check_writable(args.json, "--json", JSON)
     prompts, names = read_prompts(args)
     model, tokenizer = load_model(args)

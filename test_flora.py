@@ -26,10 +26,17 @@ import bench
 import flora
 import generate
 import train
-from flora import BASE, BadInput
+from flora import BASE
 from generate import Engine
-from model import (EMBEDDED, GPT, JSON, PNG, PRESETS, GPTConfig, Tokenizer, check_writable, locked,
-                   model_from_config, preset, run_main, write_each)
+from model import GPT, PRESETS, GPTConfig, model_from_config, preset
+from plumbing.checkpoints import load_checkpoint
+from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED, run_main
+from plumbing.outputs import (JSON, PNG, check_writable, locked, open_output, save_tensors,
+                              write_each, write_json)
+from plumbing.prompts import new_text, truncate
+from plumbing.texts import drop_near_duplicates, find_files, load_texts, read_texts, split
+from plumbing.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 FIXTURES = HERE / "fixtures"
@@ -114,7 +121,7 @@ def layer_with(kind, rank, columns=None, d=24, k=36, **options):
 
 DRIVER = """
 import shlex, sys, importlib
-from model import run_main
+from plumbing.flags import run_main
 for line in sys.stdin:
     script, *sys.argv[1:] = shlex.split(line)
     sys.argv[0] = f"{script}.py"
@@ -132,7 +139,7 @@ def test_the_core_is_complete_without_extras(tiny_folder, tmp_path):
     core.mkdir()
     for file in HERE.glob("*.py"):
         shutil.copy(file, core)
-    for folder in ("base", "fixtures"):
+    for folder in ("base", "fixtures", "plumbing"):
         (core / folder).symlink_to(HERE / folder)
     train = " ".join(["train", *tiny_flags(tiny_folder, "OUT", "--steps", 2)])
     lines = [train.replace("OUT", f"out/{kind}") + f" --adapter {kind}" for kind in flora.KINDS]
@@ -733,7 +740,7 @@ def test_every_end_token_of_a_folder_ends_a_text_and_none_is_in_it(tmp_path):
         end = min(free.index(i) for i in generate.as_list(eos) if i in free)
         ids = generate.generate(model, prompts, max_new_tokens=12, eos_id=eos)[0]
         assert ids == free[:end + 1]
-    assert generate.new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"
+    assert new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"
     for bad in ([300], -1, "x", [True]):
         copy_of_tiny(tmp_path / f"bad{bad}", eos_token_id=bad)
         for load in (Tokenizer, GPT.from_pretrained):
@@ -942,7 +949,7 @@ def test_a_training_ends_with_samples_of_the_base_and_of_the_saved_adapter(
     report, printed = train.train(args), capsys.readouterr().out
     model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
     ids = [BASE, flora.load_adapter(model, report["adapter_file"])]
-    for n, text in enumerate(train.load_texts(args)[1][:3]):
+    for n, text in enumerate(load_texts(args)[1][:3]):
         prompt = tokenizer.encode(text[text.find("\n", len(text) // 2) + 1:])[:16]
         base, adapter = (
             generate.generate(model, [prompt], [i], max_new_tokens=40, temperature=0.8,
@@ -984,7 +991,7 @@ def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted
         time.sleep(0.01)
     process.send_signal(how)
     printed = process.communicate()[0]
-    step = train.load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
+    step = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
     assert 10 <= step < 150 and "Traceback" not in printed
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
@@ -1026,7 +1033,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     sentence = ("loss is (nan|inf) at step 2[12]; "
                 "the last good checkpoint is kept in .*checkpoint.pt; lower --lr")
     assert re.search(sentence, capsys.readouterr().err)
-    checkpoint = train.load_checkpoint(tmp_path / "checkpoint.pt")
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
     assert checkpoint["step"] == 20
     assert all(t.isfinite().all() for t in checkpoint["trained"].values())
 
@@ -1046,14 +1053,14 @@ def test_data_is_deduplicated_and_whole_files_are_held_out(tmp_path):
     (folder / "empty.h").write_text("")
     (folder / "notes.txt").write_text("not code")
     (folder / ".git" / "hidden.h").write_text("hidden")
-    files = train.find_files([str(folder)], [".h"])
+    files = find_files([str(folder)], [".h"])
     assert len(files) == 46 and files == sorted(files)
-    assert files == train.find_files([str(folder / "*.h")])
-    texts, skipped = train.read_texts(files)
+    assert files == find_files([str(folder / "*.h")])
+    texts, skipped = read_texts(files)
     assert (len(texts), skipped) == (43, 3)
-    distinct = train.drop_near_duplicates(texts)
+    distinct = drop_near_duplicates(texts)
     assert sum("_add" in text for text in distinct) == 1
-    training, held = train.split(distinct)
+    training, held = split(distinct)
     assert not set(training) & set(held) and sorted(training + held) == sorted(distinct) and held
     tokenizer = Tokenizer(EMBEDDED)
     x, y, size = train.heldout_blocks(held, tokenizer, 16, 10**9)
@@ -1237,9 +1244,9 @@ def test_bad_input_is_one_sentence_and_exit_status_2(
 
 def test_truncation_keeps_the_end_of_a_prompt_and_a_bos():
     ids = [1, 5, 6, 7]
-    with_bos = [generate.truncate(ids, room, 1) for room in (9, 4, 3, 2, 1, -3)]
+    with_bos = [truncate(ids, room, 1) for room in (9, 4, 3, 2, 1, -3)]
     assert with_bos == [ids, ids, [1, 6, 7], [1, 7], [7], [7]]
-    assert [generate.truncate(ids, room, None) for room in (4, 3, 1)] == [ids, [5, 6, 7], [7]]
+    assert [truncate(ids, room, None) for room in (4, 3, 1)] == [ids, [5, 6, 7], [7]]
 
 
 def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(
@@ -1506,21 +1513,21 @@ def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
 
 def test_an_output_is_written_in_one_piece_or_as_it_stands(tmp_path, capfd):
     file, link, pipe = tmp_path / "a.json", tmp_path / "link.json", tmp_path / "pipe"
-    flora.write_json(file, {"a": 1})
+    write_json(file, {"a": 1})
     file.chmod(0o604)
     link.symlink_to(file)
-    flora.write_json(link, {"b": 2})
+    write_json(link, {"b": 2})
     assert link.is_symlink() and json.loads(file.read_text()) == {"b": 2}
     assert file.stat().st_mode & 0o777 == 0o604
     for device in ("/dev/null", "/dev/stdout"):
         before = os.stat(device).st_ino, os.stat(device).st_mode
-        flora.write_json(device, {"c": 3})
-        flora.save_tensors({"a": torch.ones(3)}, "/dev/null", {})
+        write_json(device, {"c": 3})
+        save_tensors({"a": torch.ones(3)}, "/dev/null", {})
         assert (os.stat(device).st_ino, os.stat(device).st_mode) == before
     assert json.loads(capfd.readouterr().out) == {"c": 3}
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    flora.write_json(pipe, {"d": 4})
+    write_json(pipe, {"d": 4})
     assert json.loads(reader.communicate()[0]) == {"d": 4} and pipe.is_fifo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "link.json", "pipe"]
 
@@ -1529,11 +1536,11 @@ def test_what_cannot_be_written_in_full_leaves_what_was_there(tmp_path):
     """A limit on the size of files stands for a full disk."""
     tensors = {"a": torch.ones(10_000)}
     file, hard = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    writes = [lambda: flora.save_tensors(tensors, file, {}),
-              lambda: flora.write_json(file, ["a" * 10_000])]
+    writes = [lambda: save_tensors(tensors, file, {}),
+              lambda: write_json(file, ["a" * 10_000])]
 
     def save():
-        with flora.open_output(file) as f:
+        with open_output(file) as f:
             torch.save(tensors, f)
 
     for write in [*writes, save]:
@@ -1548,7 +1555,7 @@ def test_what_cannot_be_written_in_full_leaves_what_was_there(tmp_path):
         assert file.read_text() == "{} before" and os.listdir(tmp_path) == ["file"]
         write()
     with pytest.raises(BadInput, match="/dev/full: cannot be written .No space left"):
-        flora.write_json("/dev/full", {})
+        write_json("/dev/full", {})
 
 
 def test_outputs_are_checked_before_the_work(tmp_path):
@@ -1580,8 +1587,9 @@ def test_outputs_are_checked_before_the_work(tmp_path):
 
 
 def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
-    holder = ("import sys, time, model\n"
-              "with model.locked(sys.argv[1], '--out'):\n"
+    holder = ("import sys, time\n"
+              "from plumbing.outputs import locked\n"
+              "with locked(sys.argv[1], '--out'):\n"
               "    print(1, flush=True)\n"
               "    time.sleep(99)\n")
     for path in (tmp_path, tmp_path / "file"):
@@ -1613,7 +1621,7 @@ def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoin
     assert process.returncode == 2 and "Traceback" not in printed, printed
     assert "cannot be written (File too large)" in printed
     assert "the last good checkpoint is kept in" in printed
-    assert train.load_checkpoint(checkpoint)["step"] >= 10
+    assert load_checkpoint(checkpoint)["step"] >= 10
     resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
     uncut = run_train(tiny_folder, tmp_path / "uncut", *flags)
     assert [p["heldout_loss"] for p in resumed["log"]] == [p["heldout_loss"] for p in uncut["log"]]
@@ -1647,7 +1655,7 @@ def test_resume_tells_bases_and_data_apart_by_their_contents(
         with pytest.raises(BadInput, match=f"checkpoint.pt was {sentence}"):
             run_train(*moved, *more)
     file = tmp_path / "out" / "checkpoint.pt"
-    checkpoint = train.load_checkpoint(file)
+    checkpoint = load_checkpoint(file)
     assert run_train(*moved)["log"][-1]["step"] == 4
     # as earlier versions wrote it
     for name in ("base", "data", "lora", "clip", "dtype", "eval_tokens"):
@@ -1805,7 +1813,7 @@ def test_measured_free_and_inflection_ranks():
 
 
 def test_a_reader_that_goes_away_ends_a_script_without_a_traceback():
-    lines = "from model import run_main; run_main(lambda: [print('x' * 99) for _ in range(9999)])"
+    lines = "from plumbing.flags import run_main; run_main(lambda: [print('x' * 99) for _ in range(9999)])"
     script = subprocess.Popen([sys.executable, "-c", lines], cwd=HERE, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     script.stdout.readline()

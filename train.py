@@ -12,14 +12,9 @@ Read main -> train -> train_adapter -> fit_text -> fit, which is the loop, then 
 """
 import argparse
 import contextlib
-import glob
-import hashlib
 import math
 import os
-import re
-import resource
 import shlex
-import signal
 import sys
 import time
 from functools import partial
@@ -33,101 +28,26 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import flora
-from flora import BadInput, write_json
-from generate import generate, new_text
-from model import (EMBEDDED, GPT, JSON, Tokenizer, adapter_digest, add_common_flags, base_digest,
-                   check_numbers, check_writable, difference, digest, get_device, locked,
-                   model_class, provenance, read_config, run_main, write_each)
+from generate import generate
+from model import GPT, model_class, read_config
+from plumbing.checkpoints import (check_same, contents, flags_of, kept, open_checkpoint, restore,
+                                  save_checkpoint)
+from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED, add_common_flags, check_numbers, run_main
+from plumbing.outputs import JSON, check_writable, locked
+from plumbing.processes import (RANK, WORLD, interrupts, over_processes, parallel, say,
+                                start_processes)
+from plumbing.prompts import new_text
+from plumbing.registry import extra
+from plumbing.report import finish, make_report, say_sizes
+from plumbing.texts import load_texts
+from plumbing.tokenizer import Tokenizer
+from plumbing.training_flags import add_adapter_flags, add_data_flags, add_loop_flags
 
 UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
-# torchrun's: this process's number and how many there are; without torchrun there is one.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def say(text):
-    """Print, once for all processes."""
-    if RANK == 0:
-        print(text)
 
 
 # ------------------------------------------------------------------------------------------- data
-
-
-def find_files(data, extensions=()):
-    """Folders (searched through, hidden parts skipped), globs and files -> sorted list of Paths."""
-    found = set()
-    for pattern in data:
-        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        if not matches:
-            raise BadInput(f"--data {pattern}: no such file, folder or glob match")
-        for match in map(Path, matches):
-            inside = [match] if match.is_file() else match.rglob("*")
-            found.update(p for p in inside if p.is_file() and not hidden(p.relative_to(match)))
-    return sorted(p for p in found if not extensions or p.suffix in extensions)
-
-
-def hidden(path):
-    return any(part.startswith(".") for part in path.parts)
-
-
-def default_files(adapter):
-    """Real code that is on the machine already: torch's C++ headers, a language that the embedded
-    base has not seen; for the base itself, Python's standard library."""
-    if adapter == "none":
-        return flora.extra("pretrain", "--adapter none").default_files()
-    return find_files([os.path.join(os.path.dirname(torch.__file__), "include")], [".h", ".hpp"])
-
-
-def read_texts(files):
-    """-> (texts, number of files skipped because they are empty, binary or not UTF-8)."""
-    texts = []
-    for file in files:
-        try:
-            text = file.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue
-        if text.strip() and "\0" not in text:
-            texts.append(text)
-    return texts, len(files) - len(texts)
-
-
-def drop_near_duplicates(texts, window=5):
-    """Keep a text unless over half of its 5-line windows were in texts kept before it, names and
-    numbers aside: generated headers that differ by a name only count as one."""
-    seen, kept = set(), []
-    for text in texts:
-        lines = [re.sub(r"\w+", "a", line).strip() for line in text.splitlines()]
-        lines = [line for line in lines if line]
-        starts = range(max(1, len(lines) - window + 1))
-        windows = {hash(tuple(lines[i:i + window])) for i in starts}
-        if 2 * len(windows & seen) <= len(windows):
-            kept.append(text)
-            seen |= windows
-    return kept
-
-
-def split(texts, share=0.05):
-    """-> (training texts, held-out texts), entire files. The order and the split follow from the
-    texts' SHA-1 alone, so they are the same on every machine and for every seed."""
-    if len(texts) < 2:
-        raise BadInput(f"--data holds {len(texts)} distinct readable text files after "
-                       "deduplication; at least 2 are needed, one of them held out "
-                       "(check the path and --ext)")
-    texts = sorted(texts, key=lambda text: hashlib.sha1(text.encode()).digest())
-    n = max(1, min(4, len(texts) // 5), round(share * len(texts)))   # of a few files, several
-    return texts[n:], texts[:n]
-
-
-def load_texts(args):
-    """--data, read and deduplicated -> (training texts, held-out texts)."""
-    files = find_files(args.data, args.ext) if args.data else default_files(args.adapter)
-    texts, skipped = read_texts(files)
-    distinct = texts if args.keep_duplicates else drop_near_duplicates(texts)
-    training, heldout = split(distinct)
-    say(f"data: {len(files):,} files, {skipped:,} skipped (empty, binary or not UTF-8), "
-        f"{len(texts) - len(distinct):,} near-duplicates dropped; "
-        f"{len(training):,} to train on, {len(heldout):,} held out")
-    return training, heldout
 
 
 def heldout_blocks(texts, tokenizer, block_size, budget):
@@ -322,155 +242,10 @@ def check_finite(name, value, step, args):
         raise FloatingPointError(f"the {name} is {value} at step {step}; {kept(args)}; lower --lr")
 
 
-@contextlib.contextmanager
-def interrupts():
-    """Inside, Ctrl-C only sets the tensor that this yields, [1], from 0 to 1."""
-    asked = torch.zeros(1)
-    previous = signal.signal(signal.SIGINT, lambda *_: asked.fill_(1))
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 # ------------------------------------------------------------------------------- several processes
 
 
-def start_processes(args):
-    """Join torchrun's processes, if there are any -> this one's torch.device."""
-    device = get_device(args.device)
-    if WORLD > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.batch_size % WORLD:
-        raise BadInput(f"--batch-size {args.batch_size} is not a multiple of {WORLD} processes")
-    return device
-
-
-def parallel(model, compiled):
-    """The model as the loop runs it: gradients averaged over the processes, and --compile."""
-    if WORLD > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
-    return torch.compile(model) if compiled else model
-
-
-def over_processes(loss, asked_to_stop):
-    """-> (the loss of the global batch, whether any process was interrupted: then all stop)."""
-    state = torch.cat([loss / WORLD, asked_to_stop.to(loss.device)])
-    if WORLD > 1:
-        dist.all_reduce(state)
-    return state[0].item(), bool(state[1] > 0)
-
-
 # ------------------------------------------------------------------------------------- checkpoints
-
-# The flags that decide what a run learns, beside the contents of its base and its data
-RESUME_KEYS = ("adapter", "rank", "targets", "alpha", "ffba_activation", "steps", "batch_size",
-               "grad_accum", "block_size", "eval_tokens", "lr", "warmup", "clip", "seed",
-               "vocab_size", "n_layer", "n_head", "n_embd", "dtype", "quantize")
-
-
-def flags_of(args):
-    return {key: getattr(args, key) for key in RESUME_KEYS if key in args}
-
-
-def contents(args, texts):
-    """The digests of what a run learns from -> {"base", "data", "lora"}."""
-    scratch = args.adapter == "none" and args.weights is None
-    return dict(base=None if scratch else base_digest(args.weights or EMBEDDED),
-                data=digest(*texts[0], "held out:", *texts[1]),
-                lora=adapter_digest(args.from_lora) if args.from_lora else None)
-
-
-def save_checkpoint(step, parameters, optimizer, log, args):
-    if RANK > 0:
-        return
-    state = dict(step=step, trained=parameters, optimizer=optimizer.state_dict(), log=log,
-                 args=getattr(args, "made_with", {}))
-    try:
-        with flora.open_output(Path(args.out, "checkpoint.pt")) as f:
-            torch.save(state, f)
-    except BadInput as e:
-        raise BadInput(f"{e} at step {step}; {kept(args)}") from None
-
-
-def kept(args):
-    """What is kept of a run that stops before its end."""
-    file = Path(args.out, "checkpoint.pt")
-    if file.exists():
-        return f"the last good checkpoint is kept in {file}"
-    return "no checkpoint was written yet"
-
-
-CHECKPOINT = {"step": int, "trained": {}, "optimizer": {}, "args": {},
-              "log": [{"step": int, "heldout_loss": float, "seconds": float}]}
-
-
-def load_checkpoint(file):
-    flora.existing_file(file, "checkpoint")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:  # whatever a damaged zip or pickle raises
-        reason = (str(e) or type(e).__name__).splitlines()[0]
-        raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start "
-                       "again") from e
-    flora.check(checkpoint, CHECKPOINT, file)
-    if any(isinstance(value, torch.Tensor) for value in checkpoint["args"].values()):
-        raise BadInput(f"{file}: not a readable checkpoint (a tensor stands among its flags); "
-                       "delete it to start again")
-    return checkpoint
-
-
-def open_checkpoint(args):
-    """The checkpoint in OUT to go on from, or None to start at step 0.
-
-    BadInput for an unfinished run without --resume."""
-    file = Path(args.out, "checkpoint.pt")
-    for unfinished in file.parent.glob(f"{file.name}.*.tmp"):   # by a run that was killed
-        unfinished.unlink()
-    checkpoint = load_checkpoint(file) if file.exists() else None
-    if args.resume and checkpoint:
-        return checkpoint
-    if args.resume:
-        say(f"{file}: no checkpoint yet, so starting at step 0")
-    elif checkpoint and checkpoint["step"] < checkpoint["args"]["steps"]:
-        raise BadInput(f"{file} is an unfinished run at step {checkpoint['step']}; add --resume "
-                       "to go on with it, or choose another --out")
-    return None
-
-
-def check_same(checkpoint, args):
-    """BadInput, naming the first difference, where a checkpoint was made with other settings,
-    another base or other data than those of this run."""
-    file, then, now = Path(args.out, "checkpoint.pt"), checkpoint["args"], args.made_with
-    if "base" not in then:   # of an earlier version: the names of its data stand there instead
-        now = now | {key: getattr(args, key, None) for key in then}
-        say(f"{file}: was written before checkpoints had fingerprints; whether base, data, --clip, "
-            "--dtype and --eval-tokens are the same is not checked")
-    other = difference(then, now)
-    if other:
-        raise BadInput(f"{file} was made with {other}; give the same flags to --resume")
-
-
-def restore(checkpoint, parameters, optimizer):
-    """Put a checkpoint into the parameters and the optimizer -> (its step, its log)."""
-    trained = checkpoint["trained"]
-    shapes = {name: getattr(tensor, "shape", None) for name, tensor in trained.items()}
-    if shapes != {name: p.shape for name, p in parameters.items()}:
-        raise BadInput("the checkpoint was made with another base model or other targets, so that "
-                       "its parameters do not fit; give the flags it was made with, or another "
-                       "--out")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(trained[name])
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadInput(f"the checkpoint's optimizer is damaged ({e}); delete it to start "
-                       "again") from None
-    say(f"resumed at step {checkpoint['step']}")
-    return checkpoint["step"], checkpoint["log"]
 
 
 # ------------------------------------------------------------------------------------ one training
@@ -480,9 +255,9 @@ def train(args):
     """Run one training as `parse_args` describes it; returns the report that --json writes."""
     run = train_adapter
     if args.adapter == "none":
-        run = flora.extra("pretrain", "--adapter none").pretrain
+        run = extra("pretrain", "--adapter none").pretrain
     elif args.from_lora:
-        run = flora.extra("lora_to_flora", "--from-lora").copy_lora
+        run = extra("lora_to_flora", "--from-lora").copy_lora
     fill_targets(args)
     device = start_processes(args)
     with outputs(args):
@@ -554,7 +329,7 @@ def load_base(args, device, dtype):
         raise BadInput(f"--block-size {args.block_size} is more than the model's context of "
                        f"{model.config.n_positions} (n_positions in {folder}/config.json)")
     if args.quantize:
-        flora.extra("int8", "--quantize int8").quantize_int8(model)
+        extra("int8", "--quantize int8").quantize_int8(model)
     model.gradient_checkpointing = args.gradient_checkpointing
     return model, Tokenizer(folder)
 
@@ -563,7 +338,7 @@ def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of
     """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the
     report."""
     if args.fast:
-        loss = flora.extra("fast", "--fast").speed_up(model, args)
+        loss = extra("fast", "--fast").speed_up(model, args)
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
     next_batch = partial(batch, data.tokens, args)
     heldout = partial(heldout_loss, model, data, adapter_id, args.dtype)
@@ -578,42 +353,6 @@ def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of
 # --------------------------------------------------------------------------------------- the report
 
 
-def count(parameters):
-    return sum(p.numel() for p in parameters.values())
-
-
-def say_sizes(args, model, parameters):
-    trained, total = count(parameters), count(model.base_parameters())
-    say(f"{args.adapter}: {trained:,} trainable parameters, {100 * trained / total:.4f} % of the "
-        f"base model's {total:,}")
-
-
-def make_report(args, model, parameters, data, log, rate):
-    """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
-    before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
-    return provenance(model.wte.weight.device) | dict(
-        adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
-        targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
-        batch_size=args.batch_size, block_size=args.block_size,
-        tokens_seen=args.steps * args.tokens_per_step,
-        heldout_loss_before=before, heldout_loss_after=after,
-        heldout_bpb_before=data.bits_per_byte(before), heldout_bpb_after=data.bits_per_byte(after),
-        heldout_tokens=data.heldout_tokens, heldout_bytes=data.heldout_bytes,
-        trainable_parameters=count(parameters), total_parameters=count(model.base_parameters()),
-        tokens_per_second=rate, seconds=log[-1]["seconds"],
-        peak_memory_bytes=peak_memory(model.wte.weight.device),
-        device=args.device, dtype=args.dtype, quantize=args.quantize,
-        torch=torch.__version__, made_with=args.made_with, log=log)
-
-
-def peak_memory(device):
-    """Bytes: the GPU's peak allocation, or this process's peak resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def finish_adapter(args, model, adapter_id, report):
     """Write OUT/adapter.safetensors, with a summary inside, and the report; returns the report."""
     if RANK > 0:
@@ -624,21 +363,6 @@ def finish_adapter(args, model, adapter_id, report):
     used = [f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value]
     save = partial(flora.save_adapter, model, adapter_id, file, summary)
     return finish(args, report | dict(adapter_file=file), " ".join(used), save)
-
-
-def finish(args, report, hint, save):
-    """Print the report, save() what was trained, write the report; what cannot be written stops
-    none of the others. hint: generate.py's flags for what was trained."""
-    say(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
-        f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} "
-        "bits/byte\n"
-        f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
-        f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")
-    files = {str(Path(args.out, "log.json")), args.json} - {None}
-    write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
-    say(f"saved {report['adapter_file'] or args.out}; try it:\n"
-        f"  python generate.py {hint} --prompt 'namespace at {{' --temperature 0.8")
-    return report
 
 
 def show_samples(args, model, tokenizer, heldout, adapter_file):
@@ -665,7 +389,8 @@ def show_samples(args, model, tokenizer, heldout, adapter_file):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_adapter_flags(parser.add_argument_group("what is trained").add_argument)
+    add_adapter_flags(parser.add_argument_group("what is trained").add_argument,
+                      flora.KINDS)
     add_data_flags(parser.add_argument_group("on what").add_argument)
     add_loop_flags(parser.add_argument_group("how").add_argument)
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
@@ -674,58 +399,6 @@ def parse_args(argv=None):
     check_args(args, parser.error)
     fill_in(args)
     return args
-
-
-def add_adapter_flags(add):
-    add("--adapter", default="flora", metavar="KIND",
-        help=f"{', '.join(flora.KINDS)}, a kind of extras/ (as ffba), or none: the base itself")
-    add("--rank", type=int, default=1)
-    add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
-        "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
-        "gate_proj up_proj down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj "
-        "down_proj). ffba: attn mlp, or all (default)")
-    add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
-    add("--ffba-activation", choices=["identity", "block"], default="identity",
-        help="between FFBA's halves: nothing, or the block's activation")
-    add("--from-lora", metavar="FILE", help="with --adapter flora: start from the best fit to this "
-        "LoRA, and train towards its predictions on --data (no labels)")
-    add("--n-layer", type=int, default=6,
-        help="size of a base model from scratch, with --n-head --n-embd --vocab-size")
-    add("--n-head", type=int, default=4)
-    add("--n-embd", type=int, default=256)
-    add("--vocab-size", type=int, default=4096)
-
-
-def add_data_flags(add):
-    add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
-        "(default: torch's C++ headers; none: Python's standard library)")
-    add("--ext", nargs="+", default=[], metavar=".EXT",
-        help="take only files with these extensions")
-    add("--keep-duplicates", action="store_true",
-        help="train on near-duplicates too: for texts made by a program")
-    add("--block-size", type=int, default=256, help="tokens per sequence")
-    add("--eval-tokens", type=int, default=32768,
-        help="about how many held-out tokens, in entire files")
-
-
-def add_loop_flags(add):
-    add("--steps", type=int, default=300, help="0 measures alone (with --from-lora: the fit)")
-    add("--batch-size", type=int, default=8, help="sequences per step and process group")
-    add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
-    add("--lr", type=float, help="peak learning rate (default: the kind's learning_rate)")
-    add("--warmup", type=int, help="steps (default: a twentieth)")
-    add("--clip", type=float, default=1.0, help="gradient norm")
-    add("--eval-every", type=int,
-        help="steps between held-out losses and checkpoints (default: a tenth)")
-    add("--compile", action="store_true", help="torch.compile")
-    add("--fast", action="store_true", help="on a CPU: faster and, up to rounding, the same "
-        "(extras/fast.py)")
-    add("--gradient-checkpointing", action="store_true")
-    add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora "
-        "out/flora-rRANK-from-lora)")
-    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
-    add("--plot", nargs="+", metavar="JSON",
-        help="no training: draw these runs' held-out losses into --out PNG")
 
 
 def check_args(args, error):
@@ -751,7 +424,7 @@ def check_args(args, error):
 def fill_in(args):
     """The defaults that follow from other flags."""
     if args.lr is None and args.adapter == "none":
-        args.lr = flora.extra("pretrain", "--adapter none").LEARNING_RATE
+        args.lr = extra("pretrain", "--adapter none").LEARNING_RATE
     elif args.lr is None:
         args.lr = flora.adapter_class(args.adapter).learning_rate
     if args.targets is None and args.adapter == "none":
@@ -767,7 +440,7 @@ def fill_in(args):
 def main():
     args = parse_args()
     if args.plot:
-        return flora.extra("curves", "--plot").plot(args.plot, args.out)
+        return extra("curves", "--plot").plot(args.plot, args.out)
     try:
         train(args)
     except FloatingPointError as e:

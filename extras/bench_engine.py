@@ -25,10 +25,12 @@ from tqdm import tqdm
 from bench import install, make_adapter_sets
 from extras.int8 import quantize_int8
 from extras.results import engine as table_of
-from flora import BadInput, write_json
 from generate import new_engine
-from model import (GPT, JSON, check_numbers, check_writable, model_from_config, preset, provenance,
-                   run_main)
+from model import GPT, model_from_config, preset
+from plumbing.files import BadInput
+from plumbing.flags import check_numbers, run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.provenance import provenance
 
 ROWS = ["base:float32", "flora1:float32", "flora8:float32", "lora1:float32", "lora8:float32",
         "base:bfloat16", "flora1:bfloat16", "flora8:bfloat16", "base:int8", "base:int8-dynamic"]

@@ -23,12 +23,12 @@ import torch
 from tqdm import tqdm
 
 import flora
-from bench import (Row, benched_layer, check_agreement, default, example, in_turns,
-                   install, make_adapter_sets, measured_inflection, print_table, seconds, serve,
-                   tell_rank, throughput_of)
-from flora import BadInput, check, existing_file, read_json
+from bench import (Row, benched_layer, check_agreement, default, example, in_turns, install, make_adapter_sets,
+                   measured_inflection, seconds, serve, throughput_of)
 from generate import new_engine
-from model import PNG, check_writable, save_figure
+from plumbing.figures import print_table, tell_rank
+from plumbing.files import BadInput, check, existing_file, read_json
+from plumbing.outputs import PNG, check_writable, save_figure
 
 from .ffba import own_columns
 

@@ -2,8 +2,8 @@
 
   python train.py --plot out/flora-r1/log.json out/lora-r1/log.json --out figures/heldout.png
 """
-from flora import check, read_json
-from model import PNG, check_writable, save_figure
+from plumbing.files import check, read_json
+from plumbing.outputs import PNG, check_writable, save_figure
 from train import UNRANKED
 
 REPORT = {"adapter": str, "rank": float, "trainable_parameters": int,   # what is read of a run's

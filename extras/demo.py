@@ -19,9 +19,13 @@ import flora
 from extras.languages import LANGUAGES, interpreter_of, run_program
 from extras.passk import Problem, submit
 from extras.toy_problems import make_tasks, render
-from flora import BadInput
-from generate import Engine, cut_at_stop, new_text
-from model import EMBEDDED, GPT, PNG, Tokenizer, check_writable, run_main, save_figure
+from generate import Engine
+from model import GPT
+from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED, run_main
+from plumbing.outputs import PNG, check_writable, save_figure
+from plumbing.prompts import cut_at_stop, new_text
+from plumbing.tokenizer import Tokenizer
 
 ROWS = {   # language: (its name, its adapter)
     "py": ("Python", None), "pl": ("Perl", "perl"), "js": ("JavaScript", "javascript"),

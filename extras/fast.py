@@ -26,8 +26,8 @@ from torch.autograd import Function
 import flora
 import model as plain
 from extras.packed import pack_weight, packs_bfloat16, times_packed
-from flora import BadInput
-from train import WORLD
+from plumbing.files import BadInput
+from plumbing.processes import WORLD
 
 ROWS = 512        # of the logits that OutputLoss holds at once, and of what Gelu works on
 QUERIES = 64      # of CausalAttention's blocks

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flora import Adapter, AdapterLinear, BadInput, Bank, adapter_layers, select, stack_rows
+from flora import Adapter, AdapterLinear, Bank, adapter_layers, select, stack_rows
 from model import activation
+from plumbing.files import BadInput
 
 PAIRS = {  # target: (the projection that takes B, the one that takes A) in StarCoder and in Llama
     "attn": (("attn.c_attn", "attn.c_proj"), ("self_attn.q_proj", "self_attn.o_proj")),

@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 
 import flora
-from flora import BadInput
+from plumbing.files import BadInput
 
 
 def load_adapter(engine, file):

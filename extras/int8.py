@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flora import BadInput, Plain, adapter_layers
+from flora import Plain, adapter_layers
+from plumbing.files import BadInput
+
 
 from .packed import PackedLinear, times_packed
 

@@ -22,7 +22,7 @@ import sys
 from typing import NamedTuple
 
 from extras.sandbox import SIGN, contained
-from flora import BadInput
+from plumbing.files import BadInput
 
 
 class Language(NamedTuple):

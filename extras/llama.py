@@ -16,9 +16,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from flora import AdapterLinear, BadInput, check, is_a
-from model import (GPT, Attention, GPTConfig, activation, attend, cached_attention,
-                   check_supported)
+from flora import AdapterLinear
+from model import GPT, Attention, GPTConfig, activation, attend, cached_attention
+from plumbing.files import BadInput, check, is_a
+from plumbing.folders import check_supported
 
 
 @dataclass

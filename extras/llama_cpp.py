@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from flora import load_tensors, read_json
+from plumbing.adapter_files import load_tensors
+from plumbing.files import read_json
 
 BLOCK = {   # a block's tensors: our names, llama.cpp's
     "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 
 import flora
 import train
-from flora import BASE, BadInput
+from flora import BASE
+from plumbing.files import BadInput
+from plumbing.processes import RANK, say
+from plumbing.report import say_sizes
 
 # --------------------------------------------------------------------------------------- the fit
 
@@ -105,10 +108,10 @@ def copy_lora(args, device, texts, checkpoint):
     tick = time.time()
     adapter_id, fit_error = flora_from_lora(model, teacher_id, args.rank)
     fit = dict(fit_error=fit_error, fit_seconds=time.time() - tick)
-    train.say(f"fitted to {args.from_lora} in {fit['fit_seconds']:.1f} s: "
+    say(f"fitted to {args.from_lora} in {fit['fit_seconds']:.1f} s: "
               f"relative error of the weights {fit_error:.4f}")
     parameters = flora.adapter_parameters(model, adapter_id)
-    train.say_sizes(args, model, parameters)
+    say_sizes(args, model, parameters)
     data = train.encode_data(args, texts, tokenizer)
 
     def loss(student, x, y, adapter_ids):
@@ -116,7 +119,7 @@ def copy_lora(args, device, texts, checkpoint):
         return distillation_loss(student, model, x, adapter_ids, teacher_ids)
 
     report = train.fit_text(args, model, parameters, data, adapter_id, checkpoint, loss)
-    if train.RANK > 0:
+    if RANK > 0:
         return report
     targets = targets_of(flora.adapters_of(model, adapter_id))
     report |= dict(from_lora=args.from_lora, targets=targets) | fit
@@ -133,5 +136,5 @@ def compare(args, model, data, teacher_id, after):
     if teacher < base:
         share = (base - after) / (base - teacher)
         said = f"{100 * share:.1f} % of its gain survives"
-    train.say(f"held-out loss of the base {base:.4f}, of the LoRA {teacher:.4f}; {said}")
+    say(f"held-out loss of the base {base:.4f}, of the LoRA {teacher:.4f}; {said}")
     return dict(heldout_loss_base=base, heldout_loss_teacher=teacher, share_of_gain=share)

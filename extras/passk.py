@@ -32,14 +32,15 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from extras import sandbox
-from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests,
-                              interpreter_of, run_program, why_broken)
-from extras.requests import (OTHER_FILE, appending, read_jsonl, read_results, regular,
-                             rewrite_results)
-from flora import BadInput, write_json
-from generate import cut_at_stop, load_adapters, load_model, new_engine, new_text
-from model import (JSON, adapter_digest, add_common_flags, base_digest, check_writable, difference,
-                   digest, get_device, locked, provenance, run_main)
+from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests, interpreter_of, run_program,
+                              why_broken)
+from extras.requests import OTHER_FILE, appending, read_jsonl, read_results, regular, rewrite_results
+from generate import load_adapters, load_model, new_engine
+from plumbing.files import BadInput
+from plumbing.flags import add_common_flags, get_device, run_main
+from plumbing.outputs import JSON, check_writable, locked, write_json
+from plumbing.prompts import cut_at_stop, new_text
+from plumbing.provenance import adapter_digest, base_digest, difference, digest, provenance
 
 HUMANEVAL_KEYS = ("task_id", "prompt", "test", "entry_point")
 HUMANEVAL_STOPS = ["\nclass", "\ndef", "\n#", "\nif", "\nprint"]   # of the Codex paper

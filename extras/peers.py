@@ -36,10 +36,12 @@ from extras import llama_cpp
 from extras.int8 import quantize_int8
 from extras.peft import save_peft
 from extras.results import peers as table_of
-from flora import BadInput, write_json
 from generate import Engine
-from model import (GPT, JSON, check_numbers, check_writable, model_from_config, preset, provenance,
-                   read_config, run_main)
+from model import GPT, model_from_config, preset, read_config
+from plumbing.files import BadInput
+from plumbing.flags import check_numbers, run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.provenance import provenance
 
 KINDS = ("flora", "lora")
 NAMES = {"flora": "FLoRA", "lora": "LoRA"}

@@ -21,9 +21,13 @@ from pathlib import Path
 import torch
 
 import flora
-from flora import BadInput, read_json, write_json
 from generate import generate
-from model import GPT, JSON, Tokenizer, check_writable, provenance, run_main
+from model import GPT
+from plumbing.files import BadInput, read_json
+from plumbing.flags import run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.provenance import provenance
+from plumbing.tokenizer import Tokenizer
 
 FORMS, NEW, RANK = ("merged", "peft"), 24, 4   # NEW tokens; adapters of RANK
 

@@ -25,9 +25,11 @@ from transformers import AutoModelForCausalLM
 
 import flora
 from extras.results import hira_peers as table_of
-from flora import write_json
 from generate import Engine
-from model import GPT, JSON, check_writable, provenance, run_main
+from model import GPT
+from plumbing.flags import run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.provenance import provenance
 
 
 def write_folders(base, folder, n, rank):

@@ -27,8 +27,11 @@ import flora
 import train
 from extras import fast
 from extras.results import beside_peft as table_of
-from flora import BadInput, write_json
-from model import GPT, JSON, check_numbers, check_writable, provenance, read_config, run_main
+from model import GPT, read_config
+from plumbing.files import BadInput
+from plumbing.flags import check_numbers, run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.provenance import peak_memory, provenance
 
 ROWS = ["PEFT's LoRA", "LoRA", "FLoRA", "IA3", "LoRA --fast", "FLoRA --fast", "IA3 --fast"]
 WARM_UP = 2   # steps
@@ -78,7 +81,7 @@ def run_row(args):
         losses.append(value.item())
     rate = args.steps * args.batch_size * args.block_size / (time.perf_counter() - begin)
     print(json.dumps(dict(tokens_per_second=rate, first_loss=losses[0],
-                          peak_memory_bytes=train.peak_memory(torch.device("cpu")))))
+                          peak_memory_bytes=peak_memory(torch.device("cpu")))))
 
 
 def measure(args, name, dtype):

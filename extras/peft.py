@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from extras.hira import flora_in_hira, hira_of_flora
-from flora import (BadInput, adapter_layers, adapters_of, attach, fill, load_tensors, make_adapters,
-                   read_json, save_tensors, write_json)
+from flora import adapter_layers, adapters_of, attach, make_adapters
+from plumbing.adapter_files import fill, load_tensors
+from plumbing.files import BadInput, read_json
+from plumbing.outputs import save_tensors, write_json
 
 KINDS = {"LORA": "lora", "IA3": "ia3", "HIRA": "hira"}
 PEFT_TYPES = {kind: peft_type for peft_type, kind in KINDS.items()} | {"flora": "HIRA"}

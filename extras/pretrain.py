@@ -19,10 +19,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import flora
 import train
-from flora import BadInput, write_json
-from model import TOKENIZER_FILES, GPT, GPTConfig, Tokenizer, run_main
+from model import GPT, GPTConfig
+from plumbing.files import BadInput
+from plumbing.flags import run_main
+from plumbing.outputs import open_output, write_json
+from plumbing.processes import RANK, WORLD
+from plumbing.report import finish, say_sizes
+from plumbing.texts import drop_near_duplicates, find_files, read_texts
+from plumbing.tokenizer import TOKENIZER_FILES, Tokenizer
 
 LEARNING_RATE = 2e-3   # train.py's default --lr
 TOKENIZER_CHARACTERS = 20_000_000   # more text makes no better tokens, and takes gigabytes
@@ -41,7 +46,7 @@ def default_files():
     stdlib, site = Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parents[1]
     places = {stdlib: stdlib}
     places |= {site / name: site for name in PACKAGES if (site / name).is_dir()}
-    return [file for place, root in places.items() for file in train.find_files([place], [".py"])
+    return [file for place, root in places.items() for file in find_files([place], [".py"])
             if not SKIPPED & set(file.relative_to(root).parts)]
 
 
@@ -49,9 +54,9 @@ def distinct_files():
     """default_files() without near-duplicates, as train.py drops them."""
     file_of = {}
     for file in default_files():
-        for text in train.read_texts([file])[0]:
+        for text in read_texts([file])[0]:
             file_of.setdefault(text, file)
-    return [file_of[text] for text in train.drop_near_duplicates(file_of)]
+    return [file_of[text] for text in drop_near_duplicates(file_of)]
 
 
 def train_tokenizer(texts, file, vocab_size):
@@ -64,7 +69,7 @@ def train_tokenizer(texts, file, vocab_size):
     texts = [text for text, before in zip(texts, sizes) if before < TOKENIZER_CHARACTERS]
     lines = (line for text in texts for line in text.splitlines(keepends=True))
     indents = ["\n" + " " * n for n in (2, 4, 6, 8, 12, 16, 20)]
-    with flora.open_output(file) as f:
+    with open_output(file) as f:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=f, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False,
@@ -79,9 +84,9 @@ def new_base(args, device, texts, checkpoint):
     """A StarCoder of random weights, of the sizes in args, and a tokenizer of the training texts,
     which waits in OUT for the end, or for the run that resumes this one."""
     folder = unfinished(args)
-    if train.RANK == 0 and not checkpoint:
+    if RANK == 0 and not checkpoint:
         train_tokenizer(texts, folder / "tokenizer.model", args.vocab_size)
-    if train.WORLD > 1:
+    if WORLD > 1:
         dist.barrier()
     config = GPTConfig(vocab_size=args.vocab_size, n_positions=args.block_size, n_embd=args.n_embd,
                        n_layer=args.n_layer, n_head=args.n_head, n_inner=4 * args.n_embd)
@@ -115,14 +120,14 @@ def pretrain(args, device, texts, checkpoint):
     else:
         model, tokenizer = new_base(args, device, texts[0], checkpoint)
     parameters = model.base_parameters()
-    train.say_sizes(args, model, parameters)
+    say_sizes(args, model, parameters)
     data = train.encode_data(args, texts, tokenizer)
     report = train.fit_text(args, model, parameters, data, None, checkpoint,
                             groups=decay_groups(parameters))
-    if train.RANK > 0:
+    if RANK > 0:
         return report
     hint = f"--weights {shlex.quote(args.out)}"
-    return train.finish(args, report | dict(adapter_file=None), hint,
+    return finish(args, report | dict(adapter_file=None), hint,
                         partial(save_model, model, tokenizer, args))
 
 
@@ -148,7 +153,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("list", metavar="FILE")
     args = parser.parse_args()
-    with flora.open_output(args.list) as f:
+    with open_output(args.list) as f:
         f.write("".join(f"{file}\n" for file in distinct_files()).encode())
 
 

@@ -22,8 +22,12 @@ from tqdm import tqdm
 
 import flora
 import generate
-from flora import BASE, BadInput, open_output, stands
-from model import adapter_digest, base_digest, check_writable, difference, get_dtype, locked
+from flora import BASE
+from plumbing.files import BadInput, open_file
+from plumbing.flags import get_dtype
+from plumbing.outputs import check_writable, locked, open_output, stands
+from plumbing.prompts import cut_at_stop, new_text, stop_check, truncate
+from plumbing.provenance import adapter_digest, base_digest, difference
 
 KEYS = {   # {key of a request: its type}
     "prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
@@ -71,7 +75,7 @@ def read_results(file, *keys):
     results, damaged = {}, []
     if stands(file) or not os.path.exists(file):
         return results
-    with flora.open_file(file, "rb") as f:
+    with open_file(file, "rb") as f:
         lines = f.read().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -260,17 +264,17 @@ def submit(engine, r, loaded, tokenizer, cut):
         return request
     if cut:
         room = engine.model.config.n_positions - r["max_new_tokens"]
-        ids = generate.truncate(ids, room, tokenizer.bos_id)
+        ids = truncate(ids, room, tokenizer.bos_id)
     settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     return engine.submit(ids, adapter_id=loaded[r["adapter"]], eos_id=tokenizer.eos_ids,
-                         stopped=generate.stop_check(tokenizer, r["stop"]), **settings)
+                         stopped=stop_check(tokenizer, r["stop"]), **settings)
 
 
 def result_of(request, r, line, tokenizer, made):
     """The line of --results for a Request that has ended."""
     text = ""
     if request.ids:
-        text = generate.cut_at_stop(generate.new_text(tokenizer, request.ids), r["stop"])
+        text = cut_at_stop(new_text(tokenizer, request.ids), r["stop"])
     return dict(line=line) | r | dict(tokens=request.ids, error=request.error, text=text,
                                       made_with=made)
 

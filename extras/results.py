@@ -12,9 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from bench import tell_rank
-from flora import BadInput, open_output, read_json
-from model import run_main
+from plumbing.figures import tell_rank
+from plumbing.files import BadInput, read_json
+from plumbing.flags import run_main
+from plumbing.outputs import open_output
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "extras" / "results"

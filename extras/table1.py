@@ -27,9 +27,12 @@ from tqdm import tqdm
 import train
 from extras.fast import check_packs
 from extras.results import name_of
-from flora import BadInput, read_json, write_json
-from model import (PNG, add_common_flags, check_writable, difference, provenance, run_main,
-                   save_figure, write_each)
+from plumbing.checkpoints import contents, flags_of
+from plumbing.files import BadInput, read_json
+from plumbing.flags import add_common_flags, run_main
+from plumbing.outputs import PNG, check_writable, save_figure, write_each, write_json
+from plumbing.provenance import difference, provenance
+from plumbing.texts import load_texts
 
 TRAIN = train.__file__
 WITH_PARENT = str(Path(__file__).with_name("with_parent.py"))
@@ -247,7 +250,7 @@ def finished(runs):
         made = log.get("made_with")
         if isinstance(made, dict):
             train.fill_targets(asked)
-            now = train.flags_of(asked) | contents(asked, known)
+            now = flags_of(asked) | contents_of(asked, known)
         else:
             made, unchecked = log, unchecked + 1
         other = difference(made, now)
@@ -261,11 +264,11 @@ def finished(runs):
     return logs
 
 
-def contents(asked, known):
-    """train.contents for train.py's flags; `known` keeps what was read before."""
+def contents_of(asked, known):
+    """checkpoints.contents for train.py's flags; `known` keeps what was read before."""
     what = asked.weights, asked.adapter == "none", tuple(asked.data or ()), tuple(asked.ext)
     if what not in known:
-        known[what] = train.contents(asked, train.load_texts(asked))
+        known[what] = contents(asked, load_texts(asked))
     return known[what]
 
 

@@ -17,8 +17,8 @@ import json
 import os
 import random
 
-from flora import BadInput
-from model import check_numbers, run_main
+from plumbing.files import BadInput
+from plumbing.flags import check_numbers, run_main
 
 TRAIN, TEST = 1500, 48   # tasks, a third of each type
 PER_FILE = 20            # solved problems of --more

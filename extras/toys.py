@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 import flora
 from extras import table1, toy_problems
-from extras.passk import (add_consent_flag, check_languages, evaluate_problems, read_problems,
-                          require_consent, summary)
-from flora import BadInput, read_json, write_json
+from extras.passk import add_consent_flag, check_languages, evaluate_problems, read_problems, require_consent, summary
 from generate import load_adapters, load_model
-from model import adapter_digest, base_digest, difference, digest, run_main
+from plumbing.files import BadInput, read_json
+from plumbing.flags import run_main
+from plumbing.outputs import write_json
+from plumbing.provenance import adapter_digest, base_digest, difference, digest
 
 METHODS = {  # name in the table: flags of train.py
     "flora-r4": "--adapter flora --rank 4 --targets all",

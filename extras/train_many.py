@@ -33,8 +33,11 @@ import flora
 import train
 from extras.results import many as table_of
 from extras.table1 import CORPORA
-from flora import BadInput, read_json, write_json
-from model import JSON, check_numbers, check_writable, provenance, run_main
+from plumbing.files import BadInput, read_json
+from plumbing.flags import check_numbers, run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.processes import WORLD, interrupts, start_processes
+from plumbing.provenance import provenance
 
 ONE_OR_EACH = ("adapter", "rank", "lr", "steps", "seed")   # flags of one value, or one per adapter
 
@@ -114,7 +117,7 @@ def train_many(runs):
     """{name: train.py's args} -> ({name: report}, {name: why it ended without one}, tokens per
     second of all together)."""
     args = next(iter(runs.values()))
-    device = train.start_processes(args)
+    device = start_processes(args)
     model, tokenizer = train.load_base(args, device, getattr(torch, args.dtype))
     model.requires_grad_(False)
     with contextlib.ExitStack() as outputs:
@@ -147,7 +150,7 @@ def fit_together(runs, model, tokenizer, prepared):
             finally:
                 together.leave()
 
-    with train.interrupts() as stop:
+    with interrupts() as stop:
         threads = [threading.Thread(target=train_one, args=(name, *prepared[name], stop))
                    for name in runs]
         for thread in threads:
@@ -277,7 +280,7 @@ def runs_of(args, shared):
                            "--compile are train.py's alone")
         if runs[name].fast:
             raise BadInput("extras.train_many has its own loss; --fast is train.py's alone")
-    if train.WORLD > 1:
+    if WORLD > 1:
         raise BadInput("extras.train_many runs in one process; use train.py under torchrun")
     return runs
 

@@ -34,12 +34,19 @@ from extras.fast import check_packs, keep_memory, pack_both_ways
 from extras.packed import choose_dtype
 from extras.results import speech
 from extras.table1 import next_rates, over_seeds
-from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly,
-                                  load_whisper, log_mel, read_audio, window_of, write_greedily)
-from flora import BASE, BadInput, open_file, read_json, write_json
-from generate import load_adapters, one_each
-from model import (JSON, base_digest, check_numbers, check_writable, difference, digest,
-                   get_device, provenance, read_config, run_main)
+from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly, load_whisper, log_mel,
+                                  read_audio, window_of, write_greedily)
+from flora import BASE
+from generate import load_adapters
+from model import read_config
+from plumbing.checkpoints import check_same, flags_of, open_checkpoint
+from plumbing.files import BadInput, existing_file, open_file, read_json
+from plumbing.flags import check_numbers, get_device, run_main
+from plumbing.outputs import JSON, check_writable, write_json
+from plumbing.processes import WORLD, say
+from plumbing.prompts import one_each
+from plumbing.provenance import base_digest, difference, digest, peak_memory, provenance
+from plumbing.report import count, say_sizes
 
 MODEL = Whisper   # model.py finds it by config.json's model_type
 
@@ -72,7 +79,7 @@ class Clips:
                            "others, or a larger --window")
         pairs = zip(self.sentences, (mel.numpy().tobytes() for mel in self.mels))
         self.digest = digest(*(part for pair in pairs for part in pair))
-        train.say(f"{split}: {len(self.mels)} clips, {len(rows) - len(self.mels)} longer than "
+        say(f"{split}: {len(self.mels)} clips, {len(rows) - len(self.mels)} longer than "
                   f"{longest} s left out")
 
     def mel(self, rows):
@@ -95,7 +102,7 @@ def split_of(args, split):
 
 def read_split(folder, split):
     """[(file, sentence)] of FOLDER/SPLIT.tsv. A path lies in FOLDER/clips, or else in FOLDER."""
-    tsv = flora.existing_file(os.path.join(folder, f"{split}.tsv"), "table of clips")
+    tsv = existing_file(os.path.join(folder, f"{split}.tsv"), "table of clips")
     try:
         with open_file(tsv, "rb") as f:
             lines = f.read().decode("utf-8").splitlines()
@@ -215,18 +222,18 @@ def next_batch(clips, writing, args, limit, step, micro):
 
 def fit_adapter(args):
     """Train one adapter as the flags say -> (model, its Writing, adapter id, the report)."""
-    if train.WORLD > 1:
+    if WORLD > 1:
         raise BadInput("extras.whisper trains in one process; leave torchrun out")
     model, writing = load(args, get_device(args.device))
     clips, heldout = split_of(args, "train"), split_of(args, "dev")
     args.made_with = made_with(args)
-    checkpoint = train.open_checkpoint(args)
+    checkpoint = open_checkpoint(args)
     if checkpoint:
-        train.check_same(checkpoint, args)
+        check_same(checkpoint, args)
     torch.manual_seed(args.seed)
     adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha)
     parameters = flora.adapter_parameters(model, adapter_id)
-    train.say_sizes(args, model, parameters)
+    say_sizes(args, model, parameters)
     speed_up(model, args)
     batches = partial(next_batch, clips, writing, args, model.config.n_positions)
     measure = partial(heldout_loss, model, heldout, writing, adapter_id, args)
@@ -242,10 +249,10 @@ def make_report(args, model, parameters, log, rate):
     settings = {name: getattr(args, name) for name in names}
     return provenance(args.device) | settings | dict(
         heldout_loss_before=log[0]["heldout_loss"], heldout_loss_after=log[-1]["heldout_loss"],
-        trainable_parameters=train.count(parameters),
-        total_parameters=train.count(model.base_parameters()), seconds=log[-1]["seconds"],
+        trainable_parameters=count(parameters),
+        total_parameters=count(model.base_parameters()), seconds=log[-1]["seconds"],
         seconds_per_step=args.tokens_per_step / rate if rate else None,
-        peak_memory_bytes=train.peak_memory(model.wte.weight.device), torch=torch.__version__,
+        peak_memory_bytes=peak_memory(model.wte.weight.device), torch=torch.__version__,
         log=log)
 
 
@@ -275,7 +282,7 @@ def made_with(args):
     """The digests and flags that decide what a training learns."""
     data = digest(*(split_of(args, split).digest for split in ("train", "dev", "test")))
     return dict(base=base_digest(args.weights), data=data, language=args.language,
-                window=args.window) | train.flags_of(args)
+                window=args.window) | flags_of(args)
 
 
 def train_adapter(args):

@@ -39,8 +39,9 @@ import torch
 from tqdm import tqdm
 
 from extras.whisper_model import RATE, Whisper, WhisperConfig, check_audio, read_sound
-from flora import BadInput, check_weights, existing_file, open_file, open_output, write_json
-from model import run_main
+from plumbing.files import BadInput, check_weights, existing_file, open_file
+from plumbing.flags import run_main
+from plumbing.outputs import open_output, write_json
 
 # ------------------------------------------------------------------------ weights, from CTranslate2
 

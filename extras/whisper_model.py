@@ -22,8 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flora import AdapterLinear, BadInput, existing_file, gather, read_json, write_json
-from model import GPT, GPTConfig, Tokenizer, read_config
+from flora import AdapterLinear, gather
+from model import GPT, GPTConfig, read_config
+from plumbing.files import BadInput, existing_file, read_json
+from plumbing.outputs import write_json
+from plumbing.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------------ 1 the model
 

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from extras import bench_engine, results
-from flora import BadInput
+from plumbing.files import BadInput
 from test_flora import run_script
 
 

@@ -6,9 +6,12 @@ import pytest
 import flora
 from extras import demo, toy_problems
 from extras.tests.test_languages import needs
-from flora import BASE, BadInput
+from flora import BASE
 from generate import generate
-from model import GPT, PNG, Tokenizer
+from model import GPT
+from plumbing.files import BadInput
+from plumbing.outputs import PNG
+from plumbing.tokenizer import Tokenizer
 from test_flora import random_adapter, run_script
 
 

@@ -10,7 +10,7 @@ import model as plain
 import train
 from extras import fast, table1
 from extras.tests.conftest import PACKED
-from flora import BadInput
+from plumbing.files import BadInput
 from test_flora import random_adapter, run_train, tiny_model
 
 

@@ -10,9 +10,10 @@ import flora
 from extras import hot_swap
 from extras.graphs import GraphEngine
 from extras.tests.conftest import EXTRA_KINDS
-from flora import BASE, BadInput
+from flora import BASE
 from generate import Engine
 from model import GPT
+from plumbing.files import BadInput
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     CONFIG, DEVICES, MIXED, check_prompts_in_one_batch, plain, random_adapter, random_model,
     save_embedded_adapters,

@@ -27,8 +27,12 @@ import train
 from extras.bench_more import dataset_prompts, draw_together
 from extras.passk import read_problems
 from extras.peft import save_peft
-from flora import BadInput
-from model import GPT, Tokenizer, run_main
+from model import GPT
+from plumbing.checkpoints import check_same, open_checkpoint, restore
+from plumbing.files import BadInput
+from plumbing.flags import run_main
+from plumbing.registry import extra
+from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, TINY, random_adapter, tiny_flags, tiny_model, write_jsonl
 
 HEADROOM = 4 << 30   # bytes of address space beyond what the process has
@@ -197,10 +201,10 @@ def make_checkpoint(folder):
 def resume(folder):
     parameters = {"h.0.A": torch.nn.Parameter(torch.zeros(2, 3))}
     args = argparse.Namespace(out=str(folder), resume=True, made_with=MADE_WITH)
-    checkpoint = train.open_checkpoint(args)
+    checkpoint = open_checkpoint(args)
     if checkpoint:
-        train.check_same(checkpoint, args)
-        train.restore(checkpoint, parameters, torch.optim.AdamW(parameters.values(), lr=0.1))
+        check_same(checkpoint, args)
+        restore(checkpoint, parameters, torch.optim.AdamW(parameters.values(), lr=0.1))
 
 
 def make_lines(folder):
@@ -215,7 +219,7 @@ def use_lines(folder):
     out.unlink(missing_ok=True)   # earlier results would be compared, and nothing run
     argv = ["--weights", str(TINY), "--requests", str(folder / "in.json"), "--results", str(out)]
     args = generate.parse_args(argv)
-    flora.extra("requests", "--requests").serve(args)
+    extra("requests", "--requests").serve(args)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -230,7 +234,7 @@ def use_results(folder, out=None):
     file = folder / "requests.jsonl"
     argv = ["--weights", str(TINY), "--requests", str(file), "--results", str(out)]
     args = generate.parse_args(argv)
-    flora.extra("requests", "--requests").serve(args)
+    extra("requests", "--requests").serve(args)
     assert {json.loads(line)["line"] for line in out.read_text().splitlines()} == {1, 2}
 
 
@@ -263,7 +267,7 @@ KINDS = {   # of files: how a folder of them is made, and used
     "an adapter": (
         make_adapter_file, lambda f: flora.load_adapter(tiny_model(), f / "a.safetensors")),
     "a PEFT folder": (make_peft_folder, lambda f: flora.load_adapter(tiny_model(), f)),
-    "a report of a run": (make_run, lambda f: flora.extra("curves", "--plot").plot(
+    "a report of a run": (make_run, lambda f: extra("curves", "--plot").plot(
         [str(f / "log.json")], str(f / "plot.png"))),
     "a checkpoint": (make_checkpoint, resume),
     "requests": (make_lines, use_lines),

@@ -4,8 +4,8 @@ import pytest
 import flora
 from extras import hot_swap
 from extras.graphs import GraphEngine
-from flora import BadInput
 from generate import Engine
+from plumbing.files import BadInput
 from test_flora import plain, served_model, trained
 
 

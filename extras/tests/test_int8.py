@@ -11,6 +11,7 @@ import train
 from extras import int8
 from extras.int8 import DynamicLinear, Int8, Int8Dynamic, quantize_int8
 from extras.tests.conftest import EXTRA_KINDS
+from plumbing.files import BadInput
 from test_flora import MIXED, SERVED, plain, random_adapter, run_script, run_train, served_model, tiny_model
 
 
@@ -117,7 +118,7 @@ def test_generate_and_bench_take_the_flag(quantize, tiny_folder, monkeypatch, ca
 
 def test_int8_dynamic_is_refused_where_it_cannot_be_had(monkeypatch):
     monkeypatch.setattr(int8, "can_be_dynamic", lambda device: False)
-    with pytest.raises(flora.BadInput, match="needs an x86 CPU; use --quantize int8"):
+    with pytest.raises(BadInput, match="needs an x86 CPU; use --quantize int8"):
         quantize_int8(tiny_model(), dynamic=True)
 
 

@@ -10,7 +10,7 @@ import pytest
 from extras import languages, sandbox
 from extras.languages import LANGUAGES, Language, interpreter_of, run_program
 from extras.passk import Problem, check_languages
-from flora import BadInput
+from plumbing.files import BadInput
 
 
 def needs(language):

@@ -10,8 +10,9 @@ import torch
 import train
 from extras.llama import PRESETS
 from extras.tests.conftest import EXTRA_KINDS
-from flora import BadInput
-from model import GPT, Tokenizer, model_from_config, preset
+from model import GPT, model_from_config, preset
+from plumbing.files import BadInput
+from plumbing.tokenizer import Tokenizer
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     CONFIGS, FIXTURES, MIXED, TINY, assert_close, random_model,
     test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone,

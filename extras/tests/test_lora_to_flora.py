@@ -4,10 +4,12 @@ import torch
 
 import flora
 from extras.lora_to_flora import distillation_loss, fit_flora, flora_from_lora
-from flora import BASE, BadInput
+from flora import BASE
 from model import GPT
-from test_flora import losses, random_adapter, run_train, tiny_model
+from plumbing.files import BadInput
+from test_flora import losses, random_adapter, run_train
 from test_flora import test_bad_input_is_one_sentence_and_exit_status_2 as check_bad_input
+from test_flora import tiny_model
 
 
 def test_the_fit_recovers_what_flora_can_be_and_never_grows_worse():

@@ -13,8 +13,13 @@ import flora
 from extras import languages, passk
 from extras.passk import Problem, read_problems, sample_completions
 from extras.tests.test_languages import MULTIPL_E, needs
-from flora import BASE, BadInput
-from model import EMBEDDED, GPT, Tokenizer, locked
+from flora import BASE
+from model import GPT
+from plumbing.adapter_files import load_tensors
+from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED
+from plumbing.outputs import locked, save_tensors
+from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, write_jsonl
 
 
@@ -252,10 +257,10 @@ def test_a_sample_ends_at_any_of_the_end_tokens(end, tmp_path, monkeypatch, caps
     shutil.copytree(source, folder)
     model, tokenizer = GPT.from_pretrained(source), Tokenizer(source)
     ids = torch.tensor([tokenizer.encode(prompt.rstrip(), bos=True)])
-    tensors, metadata = flora.load_tensors(folder / "model.safetensors")
+    tensors, metadata = load_tensors(folder / "model.safetensors")
     head = torch.zeros_like(tensors["model.embed_tokens.weight"])
     head[end] = model.hidden(ids)[0, -1].detach()
-    flora.save_tensors(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata)
+    save_tensors(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata)
     config = json.loads((folder / "config.json").read_text())
     assert set(config["eos_token_id"]) == {1, 2}
     (folder / "config.json").write_text(json.dumps(

@@ -9,9 +9,10 @@ import torch
 import flora
 import model
 from extras import llama_cpp, peers, peers_engines
-from flora import BadInput, read_json, write_json
 from generate import generate
 from model import GPT
+from plumbing.files import BadInput, read_json
+from plumbing.outputs import write_json
 from test_flora import CONFIGS, TINY, run_script, tiny_model
 
 

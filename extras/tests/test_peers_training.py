@@ -6,7 +6,7 @@ import pytest
 
 from extras import peers_training
 from extras.tests.conftest import PACKED
-from flora import BadInput
+from plumbing.files import BadInput
 from test_flora import TINY, run_script
 
 

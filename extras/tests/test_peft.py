@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import flora
 from extras.peft import save_peft
-from flora import BadInput
 from generate import Engine, generate
-from model import GPT, Tokenizer
+from model import GPT
+from plumbing.files import BadInput
+from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, TINY, assert_close, random_adapter, tiny_model
 
 

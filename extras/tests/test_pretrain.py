@@ -10,8 +10,11 @@ import pytest
 import generate
 import train
 from extras import pretrain
-from flora import BadInput, read_json
-from model import EMBEDDED, GPT, Tokenizer
+from model import GPT
+from plumbing.files import BadInput, read_json
+from plumbing.flags import EMBEDDED
+from plumbing.texts import find_files
+from plumbing.tokenizer import Tokenizer
 from test_flora import HEADERS, check_training, check_two_processes
 
 
@@ -85,7 +88,7 @@ def test_the_list_of_the_default_files_has_each_text_once(tmp_path, monkeypatch)
     """So that --data @FILE with it, and with more, holds out the files that the default does."""
     for name, text in dict(a="x = 1\n", b="x = 1\n", c="def f():\n    return\n", d="").items():
         (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.setattr(pretrain, "default_files", lambda: train.find_files([str(tmp_path)]))
+    monkeypatch.setattr(pretrain, "default_files", lambda: find_files([str(tmp_path)]))
     monkeypatch.setattr(sys, "argv", ["pretrain", str(tmp_path / "list")])
     pretrain.main()
     found = (tmp_path / "list").read_text().splitlines()

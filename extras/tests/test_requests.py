@@ -16,8 +16,11 @@ import torch
 import flora
 import generate
 from extras import requests as requests_file
-from flora import BASE, BadInput
-from model import EMBEDDED, GPT, Tokenizer
+from flora import BASE
+from model import GPT
+from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED
+from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, HERE, script, trained, write_jsonl
 
 

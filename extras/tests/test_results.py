@@ -5,7 +5,8 @@ import re
 import pytest
 
 from extras import passk, results, toy_problems
-from flora import BadInput, read_json, write_json
+from plumbing.files import BadInput, read_json
+from plumbing.outputs import write_json
 from test_flora import run_script, run_train
 
 ABOUT = dict(run=dict(command="python bench.py", commit="abc", date="2026-11-25"),

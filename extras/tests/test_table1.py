@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import flora
 import train
 from extras import table1
-from flora import BadInput
+from plumbing.files import BadInput
+from plumbing.outputs import write_json
 from test_flora import HEADERS, HERE, tiny_flags
 
 
@@ -141,7 +141,7 @@ def trainings_of(folder):
 def test_a_table_that_cannot_be_written_at_the_end_is_printed_and_the_other_file_written(
         tiny_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
-    monkeypatch.setattr(table1, "draw", lambda *args: flora.write_json("/dev/full", {}))
+    monkeypatch.setattr(table1, "draw", lambda *args: write_json("/dev/full", {}))
     args = table1.parse_args(["--out", str(tmp_path / "out"), "--png", str(tmp_path / "t.png")])
     table = {"cpp": {"base": table1.over_seeds([1.0]), "flora-r1": table1.over_seeds([0.5, 0.25])}}
     with pytest.raises(BadInput, match="/dev/full: cannot be written"), table1.outputs(args):

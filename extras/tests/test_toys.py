@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
-import flora
 from extras import passk, table1, toy_problems, toys
 from extras.languages import run_program
 from extras.tests.test_languages import needs
 from extras.tests.test_table1 import small_table, train_here
-from flora import BASE, BadInput
+from flora import BASE
+from plumbing.adapter_files import load_tensors
+from plumbing.files import BadInput
+from plumbing.outputs import save_tensors
 from test_flora import HERE
 
 
@@ -46,14 +48,14 @@ def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
         small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags, "--samples", "2")
     monkeypatch.setattr(table1, "train_all", train_all)   # which finds all trainings done
     small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
-    flora.save_tensors(*change(adapter))
+    save_tensors(*change(adapter))
     with pytest.raises(BadInput, match="pass.json was made with another adapter"):
         small_table(toys.toys, toys.parse_args, tiny_folder, tmp_path, *flags)
 
 
 def change(file):
     """What save_tensors is told to write an adapter file with other values."""
-    tensors, metadata = flora.load_tensors(file)
+    tensors, metadata = load_tensors(file)
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
     return changed, file, {"flora_adapter": json.dumps(metadata)}
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 import flora
 import train
 from extras import train_many
-from flora import BadInput
-from model import run_main
+from plumbing.checkpoints import load_checkpoint
+from plumbing.files import BadInput
+from plumbing.flags import run_main
 from test_flora import HERE, random_adapter, run_script, tiny_flags, tiny_model
 
 INCLUDE = Path(torch.__file__).parent / "include" / "c10"
@@ -81,7 +82,7 @@ def test_files_and_losses_are_those_of_trainings_alone(steps, tolerance, tiny_fo
             assert mine["heldout_loss"] == pytest.approx(other["heldout_loss"], abs=tolerance)
         assert {"rank", "lr", "seed", "steps", "trainable_parameters"} <= {
             key for key in one if one[key] == reports[name][key]}
-        checkpoint = train.load_checkpoint(tmp_path / "many" / name / "checkpoint.pt")
+        checkpoint = load_checkpoint(tmp_path / "many" / name / "checkpoint.pt")
         assert checkpoint["step"] == args.steps
         assert json.loads((tmp_path / "many" / name / "log.json").read_text()) == reports[name]
 
@@ -99,7 +100,7 @@ def test_one_that_diverges_stops_alone_and_says_so(tiny_folder, tmp_path, monkey
     assert re.search("core: the " + sentence, capsys.readouterr().err)
     written = json.loads(report.read_text())
     assert re.search(sentence, written["failed"]["core"]) and written["adapters"].keys() == {"util"}
-    kept = train.load_checkpoint(tmp_path / "many" / "core" / "checkpoint.pt")
+    kept = load_checkpoint(tmp_path / "many" / "core" / "checkpoint.pt")
     assert kept["step"] == 20 and all(t.isfinite().all() for t in kept["trained"].values())
     assert not (tmp_path / "many" / "core" / "adapter.safetensors").exists()
     args = train_many.runs_of(*train_many.parse_args(many_flags(tiny_folder, tmp_path / "x")))["util"]
@@ -120,7 +121,7 @@ def test_killed_or_interrupted_trainings_resume_together_or_alone(how, tiny_fold
         time.sleep(0.01)
     process.send_signal(how)
     printed = process.communicate()[0]
-    steps = [train.load_checkpoint(file)["step"] for file in files]
+    steps = [load_checkpoint(file)["step"] for file in files]
     assert all(10 <= step < 60 for step in steps) and "Traceback" not in printed, printed
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:

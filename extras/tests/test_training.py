@@ -6,7 +6,8 @@ import pytest
 
 import flora
 import generate
-from model import GPT, Tokenizer
+from model import GPT
+from plumbing.tokenizer import Tokenizer
 from test_flora import run_script, run_train
 from test_flora import (
     test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one as check_resume)

@@ -19,7 +19,9 @@ from extras import whisper, whisper_data
 from extras.packed import choose_dtype
 from extras.whisper_model import (PRESETS, Whisper, WhisperConfig, Writing, attend_plainly, check_audio, load_whisper,
                                   log_mel, mel_filters, read_audio, resample, write_greedily)
-from flora import BadInput
+from plumbing.checkpoints import save_checkpoint
+from plumbing.files import BadInput
+
 from test_flora import FIXTURES, random_adapter
 
 FOLDER = FIXTURES / "tiny_whisper"
@@ -347,7 +349,7 @@ def test_training_lowers_the_loss_and_resumes_to_the_same_adapter(kind, data, tm
     assert report["heldout_loss_after"] < report["heldout_loss_before"] and report["targets"] == list(Whisper.TARGETS)
 
     (tmp_path / "b").mkdir()
-    halves, real = whisper.parse_args(flags("train", data, tmp_path / "b", *more)), train.save_checkpoint
+    halves, real = whisper.parse_args(flags("train", data, tmp_path / "b", *more)), save_checkpoint
 
     def save_and_stop(step, *rest):
         real(step, *rest)

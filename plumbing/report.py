@@ -1,0 +1,52 @@
+"""What a training tells at its end: printed, and as JSON."""
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from plumbing.outputs import write_each, write_json
+from plumbing.processes import say
+from plumbing.provenance import peak_memory, provenance
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters.values())
+
+
+def say_sizes(args, model, parameters):
+    trained, total = count(parameters), count(model.base_parameters())
+    say(f"{args.adapter}: {trained:,} trainable parameters, {100 * trained / total:.4f} % of the "
+        f"base model's {total:,}")
+
+
+def make_report(args, model, parameters, data, log, rate):
+    """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
+    before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
+    return provenance(model.wte.weight.device) | dict(
+        adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
+        targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
+        batch_size=args.batch_size, block_size=args.block_size,
+        tokens_seen=args.steps * args.tokens_per_step,
+        heldout_loss_before=before, heldout_loss_after=after,
+        heldout_bpb_before=data.bits_per_byte(before), heldout_bpb_after=data.bits_per_byte(after),
+        heldout_tokens=data.heldout_tokens, heldout_bytes=data.heldout_bytes,
+        trainable_parameters=count(parameters), total_parameters=count(model.base_parameters()),
+        tokens_per_second=rate, seconds=log[-1]["seconds"],
+        peak_memory_bytes=peak_memory(model.wte.weight.device),
+        device=args.device, dtype=args.dtype, quantize=args.quantize,
+        torch=torch.__version__, made_with=args.made_with, log=log)
+
+
+def finish(args, report, hint, save):
+    """Print the report, save() what was trained, write the report; what cannot be written stops
+    none of the others. hint: generate.py's flags for what was trained."""
+    say(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
+        f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} "
+        "bits/byte\n"
+        f"{report['seconds']:.0f} s, {report['tokens_per_second'] or 0:.0f} tokens/s, "
+        f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")
+    files = {str(Path(args.out, "log.json")), args.json} - {None}
+    write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
+    say(f"saved {report['adapter_file'] or args.out}; try it:\n"
+        f"  python generate.py {hint} --prompt 'namespace at {{' --temperature 0.8")
+    return report

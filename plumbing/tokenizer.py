@@ -1,0 +1,194 @@
+"""The tokenizer of a model folder: tokenizer.json by `tokenizers`, tokenizer.model by
+`sentencepiece`."""
+import os
+import re
+import shutil
+
+from plumbing.files import BadInput, check, existing_file, is_a, read_json
+from plumbing.folders import read_ends
+from plumbing.outputs import open_output
+
+FIM_TOKENS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
+EOS_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<|im_end|>")
+
+# What makes up a tokenizer, and what goes with it into a merged folder. generation_config.json
+# comes along because it says which tokens end a text.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                   "added_tokens.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+                   "chat_template.jinja", "chat_template.json", "generation_config.json")
+
+
+class Tokenizer:
+    """The tokenizer of a model folder: tokenizer.json, or tokenizer.model (the embedded model's,
+    Llama 2's). decode(encode(text)) == text, but for the character ▁ (U+2581) in a tokenizer.json
+    of Llama 2's kind, which takes it for a space.
+
+    eos_ids: what ends a text: the eos_token_id, one or several, of generation_config.json, or of
+    config.json, or the first of EOS_TOKENS that it has. eos_id: the first of them.
+    bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
+    fim_ids: the ids of FIM_TOKENS, or None.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        names = ("tokenizer.json", "tokenizer.model")
+        files = [file for file in (os.path.join(folder, name) for name in names)
+                 if os.path.exists(file)]
+        if not files:
+            raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
+        file = existing_file(files[0])
+        try:
+            self.backend = (JsonTokenizer if file.endswith(".json") else PieceTokenizer)(file)
+        except BadInput:
+            raise
+        except Exception as e:  # tokenizers raises plain Exception
+            raise BadInput(f"{file}: not a readable tokenizer ({e})") from e
+        self.vocab_size, self.bos_id = self.backend.vocab_size, self.backend.bos_id
+        self.token_id = self.backend.token_id   # (text of a token) -> its id, or None
+        self.limit, self.eos_ids = self.read_configs()
+        self.eos_id = self.eos_ids[0]
+        fim_ids = [self.token_id(token) for token in FIM_TOKENS]
+        self.fim_ids = None if None in fim_ids else fim_ids
+
+    def read_configs(self):
+        """-> (how many token ids the folder's model has, or None; eos_ids)."""
+        ends, limit = [], None
+        for name in ("generation_config.json", "config.json"):
+            file = os.path.join(self.folder, name)
+            values = read_json(file) if os.path.exists(file) else {}
+            ends = ends or read_ends(values, file)
+            limit = values.get("vocab_size")
+        ends = ends or [i for i in map(self.token_id, EOS_TOKENS) if i is not None][:1]
+        if not ends:
+            raise BadInput(f"{self.folder}: its tokenizer has none of {', '.join(EOS_TOKENS)}, "
+                           "and config.json no eos_token_id")
+        limit = limit if is_a(limit, int) else None
+        if limit is not None and max(ends) >= limit:
+            raise BadInput(f"{self.folder}: eos_token_id is {max(ends)}, outside of the model's "
+                           f"vocabulary of {limit}")
+        return limit, ends
+
+    def encode(self, text, bos=False):
+        """text -> list of ids. No special token is added, but with bos=True the bos_id, if any.
+        BadInput for text that is not Unicode, or has a token that the model does not have."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise BadInput(f"a text holds half of a surrogate pair ({ascii(text[:40])}), which is "
+                           "not Unicode; write the character in full")
+        ids = self.backend.encode(text)
+        if self.limit is not None and ids and max(ids) >= self.limit:
+            raise BadInput(f"a text has token id {max(ids)}, but the model of {self.folder} has "
+                           f"ids 0 to {self.limit - 1}; encode it with this model's tokenizer")
+        return ids if not bos or self.bos_id is None else [self.bos_id, *ids]
+
+    def decode(self, ids, continues=False):
+        """list of ids -> text; bytes that are not UTF-8 become U+FFFD. continues: the ids go on
+        from a text (a prompt), so that a space at their start is part of the text."""
+        if not continues:
+            return self.backend.decode(list(ids))
+        start = self.backend.encode("x")
+        return self.backend.decode(start + list(ids))[len(self.backend.decode(start)):]
+
+    def save(self, folder):
+        """Copy the tokenizer, and which tokens end a text, into another model folder, in the place
+        of any that is there."""
+        if os.path.exists(folder) and os.path.samefile(self.folder, folder):
+            return
+        for name in TOKENIZER_FILES:
+            source, target = (os.path.join(place, name) for place in (self.folder, folder))
+            if os.path.isfile(source):
+                with open(source, "rb") as read, open_output(target) as write:
+                    shutil.copyfileobj(read, write)
+            elif os.path.isfile(target):
+                os.remove(target)
+
+
+class JsonTokenizer:
+    """tokenizer.json, by `tokenizers`."""
+
+    def __init__(self, file):
+        from tokenizers import Tokenizer as HFTokenizer
+        self.hf = HFTokenizer.from_file(file)
+        self.hf.no_truncation()   # a file may hold either, left there by a training script
+        self.hf.no_padding()
+        self.vocab_size = self.hf.get_vocab_size()
+        marked, plain = self.hf.encode("a").ids, self.encode("a")
+        self.bos_id = None if marked[:1] == plain[:1] else marked[0]
+
+    def token_id(self, token):
+        return self.hf.token_to_id(token)
+
+    def encode(self, text):
+        return self.hf.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.hf.decode(ids, skip_special_tokens=False)
+
+
+class PieceTokenizer:
+    """tokenizer.model, by `sentencepiece`, with the added_tokens.json beside it."""
+
+    def __init__(self, file):
+        from sentencepiece import SentencePieceProcessor
+        with open(file, "rb") as f:
+            proto = f.read()
+        self.whole = SentencePieceProcessor(model_proto=proto)   # Llama's puts a space before
+        self.prefix = " " if self.whole.normalize("a").startswith("▁") else ""
+        # One that does not, for what goes on from a text: a field after the protobuf's end,
+        # normalizer_spec.add_dummy_prefix = 0, overrides
+        self.sp = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
+        self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
+        self.added = read_added_tokens(os.path.dirname(file))         # {text: id}
+        self.texts = {i: text for text, i in self.added.items()}
+        self.vocab_size = max([self.sp.vocab_size() - 1, *self.texts]) + 1
+
+    def token_id(self, token):
+        if token in self.added:
+            return self.added[token]
+        i = self.sp.piece_to_id(token)
+        return None if i == self.sp.unk_id() else i
+
+    def encode(self, text):
+        longest_first = sorted(self.added, key=len, reverse=True)
+        split = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")   # (?!): nowhere
+        ids, start = [], 0
+        for found in split.finditer(text):
+            ids += self.encode_pieces(text[start:found.start()]) + [self.added[found.group()]]
+            start = found.end()
+        return ids + self.encode_pieces(text[start:])
+
+    def encode_pieces(self, text):
+        if not text:
+            return []
+        # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
+        low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+        first, *rest = text.split("▁")
+        ids = self.whole.encode(first) if first else self.sp.encode(self.prefix)
+        return ids + [i for part in rest for i in low_line + self.sp.encode(part)]
+
+    def decode(self, ids):
+        """Ids without a text, of padding in the embedding, are left out."""
+        text, run = "", []
+        for i in ids:
+            if i in self.texts:
+                text, run = text + self.decode_pieces(run) + self.texts[i], []
+            elif i < self.sp.vocab_size():
+                run.append(i)
+        return text + self.decode_pieces(run)
+
+    def decode_pieces(self, ids):
+        return self.sp.decode(ids).removeprefix(self.prefix)
+
+
+def read_added_tokens(folder):
+    """{text: id} of the tokens that a folder adds to its tokenizer.model's."""
+    file = os.path.join(folder, "added_tokens.json")
+    added = read_json(file) if os.path.exists(file) else {}
+    config = os.path.join(folder, "tokenizer_config.json")
+    decoder = read_json(config).get("added_tokens_decoder") if os.path.exists(config) else None
+    check(list(added.values()), [int], file, "an id")
+    for i, token in (decoder if isinstance(decoder, dict) else {}).items():
+        check(token, {"content": str}, config, "added_tokens_decoder")
+        if i.isdigit() and token.get("special") is not True:   # special ones are the model's own
+            added.setdefault(token["content"], int(i))
+    return added
