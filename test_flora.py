@@ -2,12 +2,10 @@
 
 Most tests use a tiny random model; those of the embedded model say so. Nothing here is timed.
 """
-import contextlib
 import copy
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import bench
 import flora
@@ -32,10 +30,7 @@ from model import GPT, PRESETS, GPTConfig, model_from_config, preset
 from plumbing.checkpoints import load_checkpoint
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, run_main
-from plumbing.outputs import (JSON, PNG, check_writable, locked, open_output, save_tensors,
-                              write_each, write_json)
-from plumbing.prompts import new_text, truncate
-from plumbing.texts import drop_near_duplicates, find_files, load_texts, read_texts, split
+from plumbing.texts import load_texts
 from plumbing.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -133,8 +128,8 @@ for line in sys.stdin:
 
 
 def test_the_core_is_complete_without_extras(tiny_folder, tmp_path):
-    """A copy without the folder trains, generates, measures and is tested; what extras/ would add
-    is refused in a sentence that names the file."""
+    """A copy without the folder trains, generates and measures; what extras/ would add is refused
+    in a sentence that names the file. (.ci/run tests such a copy by all of this file.)"""
     core = tmp_path / "core"
     core.mkdir()
     for file in HERE.glob("*.py"):
@@ -170,10 +165,6 @@ def test_the_core_is_complete_without_extras(tiny_folder, tmp_path):
     rows = json.loads((core / "out/bench.json").read_text())["rows"]
     assert {row["baseline"] for row in rows} >= {
         "base", "ia3", "flora", "lora-example", "lora-token"}
-    tests = "equals_dense or mixed or hugging_face or refused"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", tests]
-    suite = subprocess.run(command, cwd=core, capture_output=True, text=True)
-    assert suite.returncode == 0 and " passed" in suite.stdout, suite.stdout
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -402,69 +393,6 @@ def test_the_inflection_rank_is_where_eq_7_holds_with_equality():
     assert flora.free_rank(32, 295) == pytest.approx(9.2, abs=0.05)   # batch 32 on an H100
 
 
-# ---------------------------------------------------------------------------------- adapter files
-
-
-def test_saved_adapters_load_equal_and_carry_their_metadata(family, adapter, tmp_path):
-    model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
-    kind, rank, targets = adapter
-    adapter_id = random_adapter(model, kind, rank, targets)
-    flora.save_adapter(model, adapter_id, tmp_path / "a.safetensors", {"steps": 3})
-    other = tiny_model(family)
-    flora.add_adapter(other, "lora", 2)
-    loaded = flora.load_adapter(other, tmp_path / "a.safetensors")
-    assert loaded == 2 and os.listdir(tmp_path) == ["a.safetensors"]
-    assert (other(ids, torch.tensor([2, 2])) - model(ids, torch.tensor([1, 1]))).abs().max() < 1e-5
-    from safetensors import safe_open
-    with safe_open(tmp_path / "a.safetensors", "pt") as f:
-        metadata = json.loads(f.metadata()["flora_adapter"])
-    assert metadata["kind"] == kind and metadata["base"] == model.fingerprint
-    assert metadata["activation"] == ("identity" if kind == "ffba" else None)
-    assert metadata["targets"] == list(
-        ALL[family] if targets == ["all"] else targets or flora.default_targets(model, kind))
-    assert metadata["training"] == {"steps": 3}
-
-
-def test_adapters_keep_their_base_when_it_is_loaded_in_another_dtype(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    loads = [GPT.from_pretrained(tmp_path, dtype=dtype) for dtype in dtypes]
-    assert {m.fingerprint for m in loads} == {tiny_model().fingerprint}
-
-
-def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
-    model, good = tiny_model(), tmp_path / "good.safetensors"
-    random_adapter(model, "flora", 2)
-    flora.save_adapter(model, 1, good)
-    tensors = load_file(good)
-    name = "transformer.h.0.attn.c_attn.A"
-    metadata = dict(kind="flora", rank=2, alpha=8.0, base=model.fingerprint, targets=["c_attn"],
-                    training={})
-
-    def refused(sentence, base=model, tensors=tensors, **changes):
-        file = tmp_path / "bad.safetensors"
-        save_file(tensors, file, {"flora_adapter": json.dumps(metadata | changes)})
-        layers = [layer.num_adapters for _, layer in flora.adapter_layers(base)]
-        with pytest.raises(BadInput, match=sentence):
-            flora.load_adapter(base, file)
-        assert layers == [layer.num_adapters for _, layer in flora.adapter_layers(base)]
-
-    refused("was trained on another base model .fingerprint .*--weights", base=tiny_model(seed=1))
-    refused("bad.safetensors: unknown adapter kind 'dora'", kind="dora")
-    refused("bad.safetensors: unknown target 'q_proj'; use one of c_attn", targets=["q_proj"])
-    refused("has shape .32, 2., this model needs .32, 3.", rank=3)
-    refused(f"{name} is missing", tensors={k: v for k, v in tensors.items() if k != name})
-    refused("tensor other is unexpected", tensors=tensors | {"other": torch.ones(1)})
-    with pytest.raises(BadInput, match="nowhere.safetensors: no such adapter file"):
-        flora.load_adapter(model, tmp_path / "nowhere.safetensors")
-    (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="cut.safetensors: not a readable safetensors file"):
-        flora.load_adapter(model, tmp_path / "cut.safetensors")
-    save_file(tensors, tmp_path / "plain.safetensors")
-    with pytest.raises(BadInput, match='has no "flora_adapter" metadata'):
-        flora.load_adapter(model, tmp_path / "plain.safetensors")
-
-
 @pytest.mark.parametrize("kind,rank,targets,sentence", [
     ("dora", 1, None,
      "unknown adapter kind 'dora'; use one of flora, lora, ia3, or a kind that extras/ holds"),
@@ -592,305 +520,6 @@ def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp
     assert GPT.from_pretrained(tmp_path).config == tiny.config
 
 
-# ---------------------------------------------------------------------------- folders of weights
-
-
-def test_folders_round_trip_whole_sharded_and_as_bin(family, tmp_path):
-    model, ids = tiny_model(family), torch.randint(0, 300, (2, 9))
-    model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
-    tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    names, wanted = sorted(tensors), model(ids)
-
-    def loads():
-        loaded = GPT.from_pretrained(tmp_path)
-        return torch.equal(loaded(ids), wanted) and loaded.fingerprint == model.fingerprint
-
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    assert loads()
-    (tmp_path / "pytorch_model.bin").unlink()
-    weight_map = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(names)}
-    for shard in set(weight_map.values()):
-        save_file({n: tensors[n] for n in names if weight_map[n] == shard}, tmp_path / shard)
-    index = tmp_path / "model.safetensors.index.json"
-    head = {"lm_head.weight": "model-1.safetensors"}   # a tied one is in no shard
-    index.write_text(json.dumps({"weight_map": head | weight_map}))
-    assert loads()
-    (tmp_path / "model-2.safetensors").unlink()
-    sentence = "model-2.safetensors: this shard, named in .*index.json, is missing"
-    with pytest.raises(BadInput, match=sentence):
-        loads()
-
-
-def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    tensors = load_file(tmp_path / "model.safetensors")
-
-    def refused(sentence, tensors=tensors, **changes):
-        (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        save_file(tensors, tmp_path / "model.safetensors")
-        with pytest.raises(BadInput, match=sentence):
-            GPT.from_pretrained(tmp_path)
-
-    name = "transformer.h.1.mlp.c_fc.bias"
-    refused("config.json: model_type is 'mistral', "
-            "but only 'gpt_bigcode' or a family that extras/ holds", model_type="mistral")
-    refused("config.json: multi_query is False, but only True", multi_query=False)
-    refused("config.json: activation_function is 'relu'", activation_function="relu")
-    refused("config.json: n_layer is 0, but must be a positive whole number", n_layer=0)
-    refused("n_embd 32 is not a multiple of n_head 5", n_head=5)
-    refused(f"tensor {name} is missing", tensors={k: v for k, v in tensors.items() if k != name})
-    refused("unexpected tensor extra", tensors=tensors | {"extra": torch.ones(1)})
-    refused(f"{name} has shape .3., but config.json needs .64.",
-            tensors=tensors | {name: torch.ones(3)})
-    (tmp_path / "config.json").write_text(json.dumps(config)[:-9])
-    with pytest.raises(BadInput, match="config.json: not readable as JSON"):
-        GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(BadInput, match="model.safetensors: truncated or not a weight file"):
-        GPT.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="holds neither model.safetensors nor pytorch_model.bin"):
-        GPT.from_pretrained(tmp_path)
-    pickled = tmp_path / "pytorch_model.bin"
-    torch.save(tensors, pickled)
-    pickled.write_bytes(pickled.read_bytes()[:-100])
-    with pytest.raises(BadInput, match="pytorch_model.bin: truncated or not a weight file"):
-        GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(BadInput, match="config.json: no such file"):
-        GPT.from_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="nowhere: no such model folder"):
-        GPT.from_pretrained(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
-    with pytest.raises(BadInput, match="holds neither tokenizer.json nor tokenizer.model"):
-        Tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_bytes(b"not a tokenizer")
-    with pytest.raises(BadInput, match="tokenizer.model: not a readable tokenizer"):
-        Tokenizer(tmp_path)
-
-
-CODE = ("def f(x):\n\t  return x  # é ▁▁ 漢字 🙂\r\n\n"
-        "    if x == 10:\n        pass\x00 \n   \n<|endoftext|>\n")
-
-
-def test_embedded_tokenizer_round_trips_code_exactly():
-    tokenizer = Tokenizer(EMBEDDED)
-    for text in [CODE, "", " ", "\n", Path(train.__file__).read_text(encoding="utf-8")]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.eos_id == 0 and 0 not in tokenizer.encode(CODE)
-
-
-@pytest.fixture(params=[TINY, Path(EMBEDDED)], ids=["tokenizer.json", "tokenizer.model"])
-def tokenizer_folder(request):
-    return request.param
-
-
-@pytest.mark.parametrize("text", [
-    "def add(self, other):\n    return self.items[10] + other\n",
-    "\tif x:\r\n\t\ty  =  2024   \n\n   \n", " leading", "  two", "trailing \t ", "", " ",
-    "s = 'Grüße, 世界 🎉 e\u0301 \u00a0'", "<fim_prefix>a<|endoftext|> b", "\x00\x7f\u2581",
-    "\u2581 a\u2581\u2581b",
-])
-def test_tokenizers_round_trip_a_text_whole_and_as_what_follows_another(tokenizer_folder, text):
-    tokenizer = Tokenizer(tokenizer_folder)
-    if tokenizer_folder.name == "tiny_llama":   # whose tokenizer.json takes a ▁ for a space
-        text = text.replace("\u2581", "")
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    whole = tokenizer.encode("x = 1" + text)
-    for n in range(1, len(whole)):  # what a prompt and its continuation are, wherever one ends
-        start, rest = tokenizer.decode(whole[:n]), tokenizer.decode(whole[n:], continues=True)
-        assert "\ufffd" in start + rest or start + rest == "x = 1" + text
-
-
-def test_tokenizer_json_special_tokens():
-    tokenizer = Tokenizer(TINY)
-    assert tokenizer.vocab_size == 300
-    assert tokenizer.eos_id == 0
-    assert tokenizer.fim_ids == [1, 3, 2]  # prefix, suffix, middle: the order of a FIM prompt
-    one, zero = tokenizer.encode("10")  # every digit a token, as in StarCoder
-    assert tokenizer.encode("<fim_prefix>1<fim_suffix>0<fim_middle>") == [1, one, 3, zero, 2]
-    assert len(tokenizer.encode("    return")) == 2  # merges apply
-
-
-def copy_of_tiny(folder, **config):
-    shutil.copytree(TINY, folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | config))
-    return folder
-
-
-def test_every_end_token_of_a_folder_ends_a_text_and_none_is_in_it(tmp_path):
-    """generation_config.json comes first, then config.json; as in transformers."""
-    folder = copy_of_tiny(tmp_path / "a", eos_token_id=[2, 7])
-    assert Tokenizer(folder).eos_ids == [2, 7]
-    assert GPT.from_pretrained(folder).config.eos_token_id == [2, 7]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 250]}))
-    tokenizer, model = Tokenizer(folder), GPT.from_pretrained(folder)
-    assert (tokenizer.eos_id, tokenizer.eos_ids) == (9, [9, 250])
-    prompts = [tokenizer.encode("def f(")]
-    free = generate.generate(model, prompts, max_new_tokens=12)[0]
-    for eos in (free[3], free[:4], [300 - 1, *free[2:3]]):
-        end = min(free.index(i) for i in generate.as_list(eos) if i in free)
-        ids = generate.generate(model, prompts, max_new_tokens=12, eos_id=eos)[0]
-        assert ids == free[:end + 1]
-    assert new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"
-    for bad in ([300], -1, "x", [True]):
-        copy_of_tiny(tmp_path / f"bad{bad}", eos_token_id=bad)
-        for load in (Tokenizer, GPT.from_pretrained):
-            with pytest.raises(BadInput, match="eos_token_id"):
-                load(tmp_path / f"bad{bad}")
-
-
-def test_what_training_scripts_leave_in_a_tokenizer_json_changes_no_text(tmp_path):
-    """Truncation and padding are off; a prefix space stands at the start of a prompt alone."""
-    from tokenizers import Tokenizer as HFTokenizer
-    folder, text = copy_of_tiny(tmp_path / "a"), "def fibonacci(n):\n    return n"
-    hf = HFTokenizer.from_file(str(folder / "tokenizer.json"))
-    hf.enable_truncation(4)
-    hf.enable_padding(length=9)
-    hf.save(str(folder / "tokenizer.json"))
-    assert Tokenizer(folder).encode(text) == Tokenizer(TINY).encode(text)
-    values = json.loads((TINY / "tokenizer.json").read_text())
-    steps = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
-    changed = [step for step in steps if step["type"] == "ByteLevel"]
-    changed[0]["add_prefix_space"] = True
-    (folder / "tokenizer.json").write_text(json.dumps(values))
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.decode(tokenizer.encode("x")) == " x"
-    for text in ("return", " return", "\n    return 1"):
-        assert tokenizer.decode(Tokenizer(TINY).encode(text), continues=True) == text
-
-
-def test_text_that_the_model_has_no_ids_for_is_refused_by_tokenizer_and_training(tmp_path):
-    folder = copy_of_tiny(tmp_path / "a")
-    values = json.loads((folder / "tokenizer.json").read_text())
-    values["added_tokens"].append(values["added_tokens"][0] | {"id": 300, "content": "<extra>"})
-    (folder / "tokenizer.json").write_text(json.dumps(values))
-    tokenizer = Tokenizer(folder)
-    assert tokenizer.encode("a<fim_pad>b") and tokenizer.decode([300]) == "<extra>"
-    for text, sentence in [
-            ("a<extra>b", "a text has token id 300, but the model of .* has ids 0 to 299"),
-            ("caf\udce9", "half of a surrogate pair .*not Unicode")]:
-        with pytest.raises(BadInput, match=sentence):
-            tokenizer.encode(text)
-    data = tmp_path / "data"
-    data.mkdir()
-    for i in range(6):
-        (data / f"{i}.py").write_text(f"x = {i}\n" * 9 + "<extra>")
-    flags = tiny_flags(folder, tmp_path / "out", "--data", data, "--keep-duplicates",
-                       "--block-size", 8)
-    with pytest.raises(BadInput, match="token id 300"):
-        train.train(train.parse_args(flags))
-
-
-def test_weights_that_are_not_what_config_json_says_are_never_dropped_or_half_read(tmp_path):
-    """A tied embedding that differs, types and values that cannot be weights, sizes that the
-    tensors do not have, pickles of something other than tensors."""
-    tensors = load_file(TINY / "model.safetensors")
-    config = json.loads((TINY / "config.json").read_text())
-    embedding = tensors["transformer.wte.weight"]
-
-    def load(tensors, name="model.safetensors", dtype=torch.float32, **changes):
-        folder = tmp_path / str(len(os.listdir(tmp_path)))
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config | changes))
-        if name.endswith(".safetensors"):
-            save_file(tensors, folder / name)
-        else:
-            torch.save(tensors, folder / name)
-        return GPT.from_pretrained(folder, dtype=dtype)
-
-    assert torch.equal(load(tensors | {"lm_head.weight": embedding.clone()}).wte.weight, embedding)
-    sentence = "lm_head.weight differs from the embedding, to which config.json ties it"
-    with pytest.raises(BadInput, match=sentence):
-        load(tensors | {"lm_head.weight": embedding + 1})
-    name = "transformer.h.0.attn.c_attn.weight"
-    weight = tensors[name]
-    for bad, dtype, sentence in [
-            (weight.int(), torch.float32, "c_attn.weight holds int32; weights must be"),
-            (weight.to(torch.float8_e4m3fn), torch.float32, "holds float8_e4m3fn; weights must be"),
-            (weight * float("nan"), torch.float32, "holds values that are not finite in float32"),
-            (weight * 1e6, torch.float16,
-             "holds values that are not finite in float16; .* --dtype")]:
-        with pytest.raises(BadInput, match=sentence):
-            load(tensors | {name: bad}, dtype=dtype)
-    load(tensors | {name: weight * 1e6})
-    for key in ("n_layer", "n_positions", "vocab_size"):
-        with pytest.raises(BadInput, match=f"{key} is 1000000000, but|needs .1000000000, 24."):
-            load(tensors, **{key: 10**9})
-    with pytest.raises(BadInput, match="pytorch_model.bin: .*holds more than tensors"):
-        load({"model": TestCase()}, "pytorch_model.bin")
-    with pytest.raises(BadInput, match="step is not a tensor"):
-        load({"step": 3}, "pytorch_model.bin")
-
-
-class TestCase:
-    """Something that is not a tensor, for a pickle to hold."""
-    __test__ = False
-
-
-def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
-    folder = copy_of_tiny(tmp_path / "a")
-    tensors, name = load_file(folder / "model.safetensors"), "transformer.ln_f.weight"
-    (folder / "model.safetensors").unlink()
-    save_file(tensors, folder / "model-1.safetensors")
-    for shard, kept in (("model-1.safetensors", 1), ("model-2.safetensors", 2)):
-        save_file({name: 2 * tensors[name]}, folder / "model-2.safetensors")
-        weight_map = dict.fromkeys(tensors, "model-1.safetensors")
-        weight_map |= {name: shard, "x": "model-2.safetensors"}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        assert torch.equal(GPT.from_pretrained(folder).ln_f.weight, kept * tensors[name])
-
-
-@pytest.mark.parametrize("name", [
-    "model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
-def test_pointers_of_git_lfs_folders_and_pipes_are_named_as_such(name, tmp_path):
-    folder = copy_of_tiny(tmp_path / "a")
-    (folder / "model.safetensors").unlink() if name == "pytorch_model.bin" else None
-    (folder / name).unlink(missing_ok=True)
-    load = Tokenizer if name == "tokenizer.json" else GPT.from_pretrained
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
-    (folder / name).write_text(pointer)
-    with pytest.raises(BadInput, match=f"{name}: is a pointer of Git LFS, not the file itself"):
-        load(folder)
-    (folder / name).unlink()
-    for put in (os.mkdir, os.mkfifo):
-        put(folder / name)
-        with pytest.raises(BadInput, match=f"{name}: is not a file but a folder, device or pipe"):
-            load(folder)
-        os.rmdir(folder / name) if put is os.mkdir else os.unlink(folder / name)
-
-
-def test_a_merged_folder_keeps_what_goes_with_the_tokenizer_and_no_stranger(tmp_path):
-    source = copy_of_tiny(tmp_path / "source", eos_token_id=[2, 5])
-    for name, text in [
-            ("generation_config.json", '{"eos_token_id": [2, 5, 9]}'),
-            ("chat_template.jinja", "{{ x }}"),
-            ("tokenizer_config.json", '{"model_max_length": 64}')]:
-        (source / name).write_text(text)
-    model, merged = GPT.from_pretrained(source), tmp_path / "merged"
-    flora.merge_adapter(model, random_adapter(model, "flora"))
-    merged.mkdir()
-    shutil.copy(Path(EMBEDDED) / "tokenizer.model", merged)      # a stranger's
-    (merged / "special_tokens_map.json").write_text("{}")
-    for _ in range(2):
-        model.save_pretrained(merged)
-        Tokenizer(source).save(merged)
-    assert sorted(os.listdir(merged)) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer_config.json"]
-    assert json.loads((merged / "config.json").read_text())["eos_token_id"] == [2, 5]
-    assert Tokenizer(merged).eos_ids == [2, 5, 9]
-    Tokenizer(merged).save(merged)   # onto itself
-
-
 # --------------------------------------------------------------------------------------- training
 
 
@@ -971,17 +600,6 @@ def ending(request):
     return request.param
 
 
-def test_an_interrupted_run_says_how_to_go_on_with_resume_once(
-        tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "interrupts", lambda: contextlib.nullcontext(torch.ones(1)))
-    for step, flags in [(1, []), (2, ["--resume"])]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-        with pytest.raises(KeyboardInterrupt):
-            run_train(tiny_folder, tmp_path, *flags)
-        told = f"interrupted at step {step}; go on with: {sys.executable} train.py --resume\n"
-        assert told in capsys.readouterr().out
-
-
 def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(
         ending, tiny_folder, tmp_path):
     how, kind = ending
@@ -1007,22 +625,6 @@ def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted
         {p["step"]: p["heldout_loss"] for p in whole["log"]}, abs=1e-6)
 
 
-def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
-    check_two_processes("flora", tiny_folder, tmp_path)
-
-
-def check_two_processes(kind, folder, out):
-    flags = ["--adapter", kind, "--grad-accum", 2, "--steps", 20]
-    process = start_train(folder, out / "two", *flags, launcher=(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
-    two = json.loads((out / "two" / "log.json").read_text())
-    one = run_train(folder, out / "one", *flags)
-    for a, b in zip(two["log"], one["log"], strict=True):
-        assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], abs=1e-4)
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "learning_rate", lambda step, args: 1e-3 if step < 20 else 1e30)
@@ -1036,36 +638,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
     assert checkpoint["step"] == 20
     assert all(t.isfinite().all() for t in checkpoint["trained"].values())
-
-
-def test_data_is_deduplicated_and_whole_files_are_held_out(tmp_path):
-    folder = tmp_path / "code"
-    (folder / ".git").mkdir(parents=True)
-    body = ("int {0}_add(int a) {{\n  return a + 1;\n}}\n"
-            "int {0}_sub(int a) {{\n  return a - 2;\n}}\n")
-    for name in ("one", "two", "three"):                        # generated: a name differs
-        (folder / f"{name}.h").write_text(body.format(name))
-    for i in range(40):
-        lines = [f"word{i} " * (1 + (i * j) % 7) + ";\n" for j in range(12)]
-        (folder / f"f{i}.h").write_text("".join(lines))
-    (folder / "binary.h").write_bytes(b"\x00\x01\xff")
-    (folder / "latin1.h").write_bytes("é".encode("latin-1"))
-    (folder / "empty.h").write_text("")
-    (folder / "notes.txt").write_text("not code")
-    (folder / ".git" / "hidden.h").write_text("hidden")
-    files = find_files([str(folder)], [".h"])
-    assert len(files) == 46 and files == sorted(files)
-    assert files == find_files([str(folder / "*.h")])
-    texts, skipped = read_texts(files)
-    assert (len(texts), skipped) == (43, 3)
-    distinct = drop_near_duplicates(texts)
-    assert sum("_add" in text for text in distinct) == 1
-    training, held = split(distinct)
-    assert not set(training) & set(held) and sorted(training + held) == sorted(distinct) and held
-    tokenizer = Tokenizer(EMBEDDED)
-    x, y, size = train.heldout_blocks(held, tokenizer, 16, 10**9)
-    assert size == sum(len(t.encode()) for t in held)
-    assert int((y != -100).sum()) == sum(len(tokenizer.encode(t)) for t in held)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -1124,30 +696,6 @@ def test_prompts_with_their_own_adapters_in_one_batch_give_the_tokens_of_each_al
     check_prompts_in_one_batch(files, tmp_path, monkeypatch)
 
 
-def test_generate_reads_files_and_standard_input_and_stops_where_told(
-        tiny_folder, tmp_path, monkeypatch, capsys):
-    import io
-    (tmp_path / "p.txt").write_text("def f")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("class A"))
-    common = ["generate.py", "--weights", tiny_folder, "--json", tmp_path / "o.json",
-              "--max-new-tokens", 12]
-    files = ["--prompt-file", tmp_path / "p.txt", "--prompt-file", "-"]
-    run_script(generate.main, [*common, *files], monkeypatch)
-    rows = json.loads((tmp_path / "o.json").read_text())
-    printed = capsys.readouterr()
-    assert [row["prompt"] for row in rows] == ["def f", "class A"]
-    assert [len(row["tokens"]) for row in rows] == [12, 12]
-    shown = {i: "\n".join(re.findall(rf"^\[{i}\] (.*)$", printed.out, re.M)) for i in (1, 2)}
-    assert shown[1].strip() == ("def f" + rows[0]["text"]).strip()
-    assert re.search(r"24 tokens in .* s: .* tokens/s, batch 2", printed.err)
-    stop = rows[0]["text"][8:12]
-    run_script(generate.main, [*common, "--prompt", "def f", "--stop", stop], monkeypatch)
-    row = json.loads((tmp_path / "o.json").read_text())[0]
-    assert row["text"] == rows[0]["text"][:rows[0]["text"].index(stop)]
-    assert row["tokens"] == rows[0]["tokens"][:len(row["tokens"])] and len(row["tokens"]) < 12
-    assert capsys.readouterr().out == "def f" + row["text"] + "\n"
-
-
 def test_generation_ends_after_end_of_text_and_at_the_end_of_the_context():
     model = tiny_model()
     free = generate.generate(model, [[5, 6], [9] * 40], max_new_tokens=100)
@@ -1184,80 +732,6 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     third = generate.generate(model, prompts[2:], seed=5, **settings)   # row 2 of seed 3
     assert together[2] == third[0]
     assert together != generate.generate(model, prompts, seed=4, **settings)
-
-
-# -------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize("script,flags,sentence", [
-    ("train", "--rank 0", "--rank is 0; use a whole number of at least 1"),
-    ("train", "--data {empty}", "--data holds 0 distinct readable text files"),
-    ("train", "--data {empty}/none*.h", "none*.h: no such file, folder or glob match"),
-    ("train", "--targets wq", "unknown target 'wq'; use one of c_attn, c_attn.qk"),
-    ("train", "--block-size 65", "--block-size 65 is more than the model's context of 64"),
-    ("train", "--weights {empty}", "config.json: no such file"),
-    ("train", "--data {short} --block-size 64",
-     "tokens, fewer than --block-size 64; give more files"),
-    ("train", "--device tpu", "--device tpu: not usable here"),
-    ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
-    ("train", "--steps -1", "--steps is -1; use a whole number of at least 0"),
-    ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
-    ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z",
-     "3 --adapter for 2 prompts"),
-    ("generate", "--prompt a --adapter {empty}/x", "x: no such adapter file"),
-    ("generate", "--prompt a --adapter {flora1}", "was trained on another base model"),
-    ("generate", "--prompt a --suffix b", "has no fill-in-the-middle tokens"),
-    ("generate", "--prompt {long}",
-     "tokens, more than the model's context of 64 (n_positions); shorten it"),
-    ("generate", "--prompt-file {empty}/x", "not readable as UTF-8 text"),
-    ("generate", "--prompt a --temperature -1", "--temperature and --top-k must be at least 0"),
-    ("generate", "--prompt a --json {empty}/no/x.json", "x.json: cannot be written"),
-    ("generate", "--prompt a --json {empty}", "empty: is a folder; name a file"),
-    ("generate", "--prompt a --json {short}/a.h", "a.h: holds something else than this writes"),
-    ("generate", "--prompt a --stop=", "--stop is empty"),
-    ("generate", "--prompt a --seed 99999999999999999999", "seed is 99999999999999999999"),
-    ("generate", "--prompt caf\udce9", "is not Unicode"),
-    ("train", "--json {short}/a.h", "a.h: holds something else than this writes"),
-    ("train", "--plot {short}/log.json --out {short}/a.h",
-     "a.h: holds something else than this writes"),
-])
-def test_bad_input_is_one_sentence_and_exit_status_2(
-        script, flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "short").mkdir()
-    for i, name in enumerate("abc"):
-        (tmp_path / "short" / f"{name}.h").write_text(f"int {name};\n" * (i + 1))
-    words = dict(empty=tmp_path / "empty", short=tmp_path / "short", long="x," * 40, base=EMBEDDED,
-                 flora1=embedded_adapters["flora1"])
-    flags = [flag.format(**words) for flag in flags.split()]
-    if script == "train":
-        flags = tiny_flags(tiny_folder, tmp_path / "out") + flags
-    else:
-        flags = ["--weights", str(tiny_folder)] + flags
-    with pytest.raises(SystemExit) as exit:
-        run_script(getattr(sys.modules[script], "main"), [f"{script}.py", *flags], monkeypatch)
-    printed = capsys.readouterr()
-    assert exit.value.code == 2
-    last = printed.err.splitlines()[-1]
-    assert sentence in last and f"{script}.py: error: " in last
-
-
-def test_truncation_keeps_the_end_of_a_prompt_and_a_bos():
-    ids = [1, 5, 6, 7]
-    with_bos = [truncate(ids, room, 1) for room in (9, 4, 3, 2, 1, -3)]
-    assert with_bos == [ids, ids, [1, 6, 7], [1, 7], [7], [7]]
-    assert [truncate(ids, room, None) for room in (4, 3, 1)] == [ids, [5, 6, 7], [7]]
-
-
-def test_a_prompt_that_does_not_fit_is_truncated_only_when_asked(
-        tiny_folder, tmp_path, monkeypatch):
-    model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
-    text = "x," * 40 + "y"
-    argv = ["generate.py", "--weights", tiny_folder, "--prompt", text, "--truncate",
-            "--max-new-tokens", 4, "--json", tmp_path / "o.json"]
-    run_script(generate.main, argv, monkeypatch)
-    alone = generate.generate(model, [tokenizer.encode(text)[-60:]], max_new_tokens=4)
-    assert json.loads((tmp_path / "o.json").read_text())[0]["tokens"] == alone[0]
 
 
 # ----------------------------------------------------------------------------------------- serving
@@ -1508,182 +982,6 @@ def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
     assert all(p.grad.abs().sum() > 0 for p in flora.adapter_parameters(model, 1).values())
 
 
-# ------------------------------------------------------------------- outputs, locks and identity
-
-
-def test_an_output_is_written_in_one_piece_or_as_it_stands(tmp_path, capfd):
-    file, link, pipe = tmp_path / "a.json", tmp_path / "link.json", tmp_path / "pipe"
-    write_json(file, {"a": 1})
-    file.chmod(0o604)
-    link.symlink_to(file)
-    write_json(link, {"b": 2})
-    assert link.is_symlink() and json.loads(file.read_text()) == {"b": 2}
-    assert file.stat().st_mode & 0o777 == 0o604
-    for device in ("/dev/null", "/dev/stdout"):
-        before = os.stat(device).st_ino, os.stat(device).st_mode
-        write_json(device, {"c": 3})
-        save_tensors({"a": torch.ones(3)}, "/dev/null", {})
-        assert (os.stat(device).st_ino, os.stat(device).st_mode) == before
-    assert json.loads(capfd.readouterr().out) == {"c": 3}
-    os.mkfifo(pipe)
-    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
-    write_json(pipe, {"d": 4})
-    assert json.loads(reader.communicate()[0]) == {"d": 4} and pipe.is_fifo()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "link.json", "pipe"]
-
-
-def test_what_cannot_be_written_in_full_leaves_what_was_there(tmp_path):
-    """A limit on the size of files stands for a full disk."""
-    tensors = {"a": torch.ones(10_000)}
-    file, hard = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    writes = [lambda: save_tensors(tensors, file, {}),
-              lambda: write_json(file, ["a" * 10_000])]
-
-    def save():
-        with open_output(file) as f:
-            torch.save(tensors, f)
-
-    for write in [*writes, save]:
-        file.write_text("{} before")
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-        try:
-            with pytest.raises(BadInput, match="file: cannot be written .*File too large"):
-                write()
-            check_writable(str(file), "--json", JSON)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        assert file.read_text() == "{} before" and os.listdir(tmp_path) == ["file"]
-        write()
-    with pytest.raises(BadInput, match="/dev/full: cannot be written .No space left"):
-        write_json("/dev/full", {})
-
-
-def test_outputs_are_checked_before_the_work(tmp_path):
-    (tmp_path / "text").write_text("mine")
-    (tmp_path / "old.json").write_text("[1]")
-    for name, kind, sentence in [
-            ("", None, "is a folder"),
-            ("no/x.json", None, "No such file"),
-            ("no/", None, "is a folder"),
-            ("text/x.json", None, "Not a directory"),
-            ("a" * 300, None, "File name too long"),
-            ("text", JSON, "holds something else"),
-            ("old.json", PNG, "holds something else")]:
-        with pytest.raises(BadInput, match=f"--json .*{sentence}"):
-            check_writable(os.path.join(tmp_path, name), "--json", kind)
-    check_writable(str(tmp_path / "old.json"), "--json", JSON)
-    check_writable(str(tmp_path / "new" / "x.png"), "--png", PNG, make_folder=True)
-    assert sorted(os.listdir(tmp_path)) == ["new", "old.json", "text"]
-    assert not os.listdir(tmp_path / "new")
-    calls = []
-
-    def broken():
-        calls.append(1)
-        raise BadInput("one cannot be written")
-
-    with pytest.raises(BadInput, match="one cannot be written; one cannot be written"):
-        write_each(broken, lambda: calls.append(2), broken)
-    assert calls == [1, 2, 1]
-
-
-def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
-    holder = ("import sys, time\n"
-              "from plumbing.outputs import locked\n"
-              "with locked(sys.argv[1], '--out'):\n"
-              "    print(1, flush=True)\n"
-              "    time.sleep(99)\n")
-    for path in (tmp_path, tmp_path / "file"):
-        command = [sys.executable, "-c", holder, path]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE)
-        process.stdout.readline()
-        with pytest.raises(BadInput, match="another process is writing there"):
-            with locked(path, "--out"):
-                pass
-        process.kill()
-        process.wait()
-        with locked(path, "--out"):
-            pass
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoint(
-        tiny_folder, tmp_path):
-    flags, checkpoint = ["--steps", 150], tmp_path / "cut" / "checkpoint.pt"
-    process = start_train(tiny_folder, tmp_path / "cut", *flags)
-    while not checkpoint.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)
-    with pytest.raises(BadInput, match="--out .*cut: another process is writing there"):
-        run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
-    process.send_signal(signal.SIGCONT)
-    printed = process.communicate()[0]
-    assert process.returncode == 2 and "Traceback" not in printed, printed
-    assert "cannot be written (File too large)" in printed
-    assert "the last good checkpoint is kept in" in printed
-    assert load_checkpoint(checkpoint)["step"] >= 10
-    resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
-    uncut = run_train(tiny_folder, tmp_path / "uncut", *flags)
-    assert [p["heldout_loss"] for p in resumed["log"]] == [p["heldout_loss"] for p in uncut["log"]]
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_resume_tells_bases_and_data_apart_by_their_contents(
-        tiny_folder, tmp_path, monkeypatch, capsys):
-    data, other = tmp_path / "data", tmp_path / "other"
-    data.mkdir()
-    for i, file in enumerate(sorted(Path(HEADERS).parent.glob("*.h"))[:12]):
-        shutil.copy(file, data / f"{i}.h")
-    shutil.copytree(tiny_folder, other)
-    tensors = load_file(other / "model.safetensors")
-    next(iter(tensors.values())).view(-1)[1] += 1   # one weight of the base
-    save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    flags = [tiny_folder, tmp_path / "out", "--steps", 4, "--adapter", "lora"]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "over_processes", lambda loss, asked: (loss.item(), True))
-        run_train(*flags, "--data", data)
-    shutil.copytree(data, tmp_path / "moved")
-    (data / "0.h").write_text("int changed;\n" * 50)
-    moved = [*flags, "--data", tmp_path / "moved", "--resume"]
-    for more, sentence in [
-            (["--data", data], "made with other data"),
-            (["--weights", other], "made with another base model"),
-            (["--eval-tokens", 99], "made with --eval-tokens 500, not 99"),
-            (["--clip", 2], ".*--clip 1.0, not 2.0"),
-            (["--dtype", "bfloat16"], "made with --dtype float32, not bfloat16"),
-            (["--lr", 1], "made with --lr 0.001, not 1.0")]:
-        with pytest.raises(BadInput, match=f"checkpoint.pt was {sentence}"):
-            run_train(*moved, *more)
-    file = tmp_path / "out" / "checkpoint.pt"
-    checkpoint = load_checkpoint(file)
-    assert run_train(*moved)["log"][-1]["step"] == 4
-    # as earlier versions wrote it
-    for name in ("base", "data", "lora", "clip", "dtype", "eval_tokens"):
-        del checkpoint["args"][name]
-    checkpoint["args"]["data"] = [str(tmp_path / "moved")]
-    torch.save(checkpoint, file)
-    capsys.readouterr()
-    assert run_train(*moved)["log"][-1]["step"] == 4
-    assert "is not checked" in capsys.readouterr().out
-
-
-def test_a_prompt_that_cannot_be_run_fails_alone(tiny_folder, tmp_path, monkeypatch, capsys):
-    argv = ["generate.py", "--weights", tiny_folder, "--max-new-tokens", 3,
-            "--json", tmp_path / "o.json"]
-    for prompt in ("int a", "caf\udce9", "x," * 40, "int b"):
-        argv += ["--prompt", prompt]
-    with pytest.raises(SystemExit) as exit:
-        run_script(generate.main, argv, monkeypatch)
-    printed, rows = capsys.readouterr(), json.loads((tmp_path / "o.json").read_text())
-    assert exit.value.code == 2 and "[1] int a" in printed.out and "[4] int b" in printed.out
-    assert "prompt 2: a text holds half of a surrogate pair" in printed.err
-    assert "prompt 3: a prompt has" in printed.err
-    assert [row["error"] is None for row in rows] == [True, False, False, True]
-    model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
-    alone = generate.generate(model, [tokenizer.encode("int b")], max_new_tokens=3)
-    assert rows[3]["tokens"] == alone[0] and rows[1]["tokens"] == rows[2]["tokens"] == []
-
-
 # ------------------------------------------------------------------------------------ command lines
 
 
@@ -1747,40 +1045,6 @@ def check_bench_result(result, printed, folder):
     assert f"free rank: {balance:.1f} rows" in printed
 
 
-def test_bench_prints_and_draws_what_it_measured_when_the_results_cannot_be_written(
-        served_folder, tmp_path):
-    figure = tmp_path / "new" / "b.png"
-    common = ["--weights", served_folder, "--ranks", 1, "--num-requests", 2, "--scale", 0.02,
-              "--repeats", 1, "--slots", 2, "--num-adapters", 1, "--mode", "throughput",
-              "--rows", "flora"]
-    run = script("bench.py", *common, "--json", "/dev/full", "--png", figure)
-    assert run.returncode == 2 and "/dev/full: cannot be written (No space left" in run.stderr
-    assert "tokens/s" in run.stdout and figure.read_bytes().startswith(b"\x89PNG")
-    for flag in ("--json", "--png"):
-        run = script("bench.py", *common, flag, tmp_path, cwd=tmp_path)
-        assert run.returncode == 2 and not run.stdout
-        assert f"{flag} {tmp_path}: is a folder" in run.stderr
-
-
-def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
-    for flags, sentence in [
-            (["--ranks", "0"], "--ranks is 0; use a whole number of at least 1"),
-            (["--num-adapters", "0"], "--num-adapters is 0"),
-            (["--request-rate", "-1"], "--request-rate is -1.0; use a number above 0"),
-            (["--model", "starcoder"], "--model needs --random-weights"),
-            (["--random-weights"], "--model needs"),
-            (["--model", "starcodr", "--random-weights"],
-             "--model starcodr: unknown; use one of tiny_starcoder_py"),
-            (["--rows", "lore"], "--rows lore"),
-            (["--scale", "1"],
-             "--scale 1.0: the longest request has .* more than the model's context of 64; use"),
-            (["--weights", tmp_path / "nowhere"], "nowhere: no such model folder")]:
-        argv = ["bench.py", "--weights", served_folder, *flags]
-        monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-        with pytest.raises(BadInput, match=sentence):
-            bench.main()
-
-
 def test_bench_lengths_follow_the_paper_and_the_seed():
     lengths = bench.synthetic_lengths(4000, 0)
     assert all(50 <= p + n <= 2000 for p, n in lengths)
@@ -1812,10 +1076,3 @@ def test_measured_free_and_inflection_ranks():
     assert bench.measured_inflection(rows, "lora-example") is None
 
 
-def test_a_reader_that_goes_away_ends_a_script_without_a_traceback():
-    lines = "from plumbing.flags import run_main; run_main(lambda: [print('x' * 99) for _ in range(9999)])"
-    script = subprocess.Popen([sys.executable, "-c", lines], cwd=HERE, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    script.stdout.readline()
-    script.stdout.close()
-    assert script.stderr.read() == "" and script.wait() == 141

@@ -10,9 +10,10 @@ import flora
 from extras import bench_more
 from model import GPT
 from plumbing.files import BadInput
-from test_flora import (  # noqa: F401, run again here with both families
+from plumbing.tests.test_flags import test_bench_refuses_what_it_cannot_run_in_a_sentence  # noqa: F401
+from test_flora import (  # noqa: F401
     ROW_KEYS, assert_lora_equals_its_definition, check_bench_result, script, served_folder, served_model,
-    test_bench_does_not_time_variants_that_disagree, test_bench_refuses_what_it_cannot_run_in_a_sentence)
+    test_bench_does_not_time_variants_that_disagree)
 
 
 @pytest.fixture(scope="module", params=["gpt_bigcode", "llama"])

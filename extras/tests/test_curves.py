@@ -5,7 +5,8 @@ import pytest
 
 import train
 from test_flora import run_script
-from test_flora import test_bad_input_is_one_sentence_and_exit_status_2 as check_bad_input
+from plumbing.tests.test_flags import (
+    test_bad_input_is_one_sentence_and_exit_status_2 as check_bad_input)
 
 
 def test_plot_draws_runs_as_png(tmp_path, monkeypatch):
@@ -22,7 +23,8 @@ def test_plot_draws_runs_as_png(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags,sentence", [
     ("--plot {short}/a.h --out {empty}/a.png", "a.h: not readable as JSON"),
-    ("--plot {short}/a.h --out {empty}", "--out")])
+    ("--plot {short}/a.h --out {empty}", "--out"),
+    ("--plot {short}/log.json --out {short}/a.h", "a.h: holds something else than this writes")])
 def test_bad_input_is_one_sentence_and_exit_status_2(
         flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
     check_bad_input("train", flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch,

@@ -14,13 +14,14 @@ from flora import BASE
 from generate import Engine
 from model import GPT
 from plumbing.files import BadInput
+from plumbing.tests.test_adapter_files import test_saved_adapters_load_equal_and_carry_their_metadata  # noqa: F401
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     CONFIG, DEVICES, MIXED, check_prompts_in_one_batch, plain, random_adapter, random_model,
     save_embedded_adapters,
     test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone,
     test_a_request_that_is_not_finite_fails_alone_and_leaves_nothing_behind,
     test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit,
-    test_saved_adapters_load_equal_and_carry_their_metadata, tiny_model)
+    tiny_model)
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import torch
 import flora
 from extras.hira import flora_in_hira, flora_of_hira, hira_of_flora
 from extras.tests.conftest import EXTRA_KINDS
+from plumbing.tests.test_adapter_files import test_saved_adapters_load_equal_and_carry_their_metadata  # noqa: F401
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     engine_class, layer_with, random_adapter,
     test_a_request_that_is_not_finite_fails_alone_and_leaves_nothing_behind,
     test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit,
-    test_merging_gives_the_adapted_model, test_saved_adapters_load_equal_and_carry_their_metadata, tiny_model)
+    test_merging_gives_the_adapted_model, tiny_model)
 
 
 @pytest.fixture

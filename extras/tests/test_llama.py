@@ -13,6 +13,10 @@ from extras.tests.conftest import EXTRA_KINDS
 from model import GPT, model_from_config, preset
 from plumbing.files import BadInput
 from plumbing.tokenizer import Tokenizer
+from plumbing.tests.test_adapter_files import test_saved_adapters_load_equal_and_carry_their_metadata  # noqa: F401
+from plumbing.tests.test_folders import test_folders_round_trip_whole_sharded_and_as_bin  # noqa: F401
+from plumbing.tests.test_tokenizer import (  # noqa: F401
+    test_tokenizers_round_trip_a_text_whole_and_as_what_follows_another)
 from test_flora import (  # noqa: F401, run again here with the fixtures below
     CONFIGS, FIXTURES, MIXED, TINY, assert_close, random_model,
     test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone,
@@ -22,7 +26,6 @@ from test_flora import (  # noqa: F401, run again here with the fixtures below
     test_cached_generation_equals_uncached_token_for_token_on_ragged_prompts,
     test_each_request_returns_what_it_returns_alone,
     test_every_kind_and_rank_starts_as_the_base_model_bit_for_bit,
-    test_folders_round_trip_whole_sharded_and_as_bin,
     test_generate_equals_the_plain_loop,
     test_gradient_checkpointing_changes_no_gradient,
     test_greedy_of_a_ragged_batch_equals_hugging_face_one_by_one,
@@ -31,9 +34,8 @@ from test_flora import (  # noqa: F401, run again here with the fixtures below
     test_only_the_adapter_gets_gradients,
     test_plain_math_attention_equals_scaled_dot_product_attention,
     test_requests_are_the_same_with_the_tokens_read_every_fourth_step,
-    test_saved_adapters_load_equal_and_carry_their_metadata,
     test_saved_folder_keeps_every_tensor_of_hugging_face,
-    test_tokenizers_round_trip_a_text_whole_and_as_what_follows_another, tiny_model)
+    tiny_model)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from flora import BASE
 from model import GPT
 from plumbing.files import BadInput
 from test_flora import losses, random_adapter, run_train
-from test_flora import test_bad_input_is_one_sentence_and_exit_status_2 as check_bad_input
+from plumbing.tests.test_flags import (
+    test_bad_input_is_one_sentence_and_exit_status_2 as check_bad_input)
 from test_flora import tiny_model
 
 

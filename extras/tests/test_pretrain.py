@@ -15,7 +15,8 @@ from plumbing.files import BadInput, read_json
 from plumbing.flags import EMBEDDED
 from plumbing.texts import find_files
 from plumbing.tokenizer import Tokenizer
-from test_flora import HEADERS, check_training, check_two_processes
+from plumbing.tests.test_checkpoints import check_two_processes
+from test_flora import HEADERS, check_training
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "tiny_llama_folder"])

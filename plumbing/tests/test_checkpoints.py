@@ -1,0 +1,106 @@
+"""Checkpoints and processes of a training."""
+import contextlib
+import json
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from plumbing.checkpoints import load_checkpoint
+from plumbing.files import BadInput
+from test_flora import HEADERS, run_train, start_train
+
+
+def test_an_interrupted_run_says_how_to_go_on_with_resume_once(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "interrupts", lambda: contextlib.nullcontext(torch.ones(1)))
+    for step, flags in [(1, []), (2, ["--resume"])]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        with pytest.raises(KeyboardInterrupt):
+            run_train(tiny_folder, tmp_path, *flags)
+        told = f"interrupted at step {step}; go on with: {sys.executable} train.py --resume\n"
+        assert told in capsys.readouterr().out
+
+
+def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
+    check_two_processes("flora", tiny_folder, tmp_path)
+
+
+def check_two_processes(kind, folder, out):
+    flags = ["--adapter", kind, "--grad-accum", 2, "--steps", 20]
+    process = start_train(folder, out / "two", *flags, launcher=(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    two = json.loads((out / "two" / "log.json").read_text())
+    one = run_train(folder, out / "one", *flags)
+    for a, b in zip(two["log"], one["log"], strict=True):
+        assert a["heldout_loss"] == pytest.approx(b["heldout_loss"], abs=1e-4)
+
+
+def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoint(
+        tiny_folder, tmp_path):
+    flags, checkpoint = ["--steps", 150], tmp_path / "cut" / "checkpoint.pt"
+    process = start_train(tiny_folder, tmp_path / "cut", *flags)
+    while not checkpoint.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    with pytest.raises(BadInput, match="--out .*cut: another process is writing there"):
+        run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    process.send_signal(signal.SIGCONT)
+    printed = process.communicate()[0]
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "cannot be written (File too large)" in printed
+    assert "the last good checkpoint is kept in" in printed
+    assert load_checkpoint(checkpoint)["step"] >= 10
+    resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
+    uncut = run_train(tiny_folder, tmp_path / "uncut", *flags)
+    assert [p["heldout_loss"] for p in resumed["log"]] == [p["heldout_loss"] for p in uncut["log"]]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_resume_tells_bases_and_data_apart_by_their_contents(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    for i, file in enumerate(sorted(Path(HEADERS).parent.glob("*.h"))[:12]):
+        shutil.copy(file, data / f"{i}.h")
+    shutil.copytree(tiny_folder, other)
+    tensors = load_file(other / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[1] += 1   # one weight of the base
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    flags = [tiny_folder, tmp_path / "out", "--steps", 4, "--adapter", "lora"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "over_processes", lambda loss, asked: (loss.item(), True))
+        run_train(*flags, "--data", data)
+    shutil.copytree(data, tmp_path / "moved")
+    (data / "0.h").write_text("int changed;\n" * 50)
+    moved = [*flags, "--data", tmp_path / "moved", "--resume"]
+    for more, sentence in [
+            (["--data", data], "made with other data"),
+            (["--weights", other], "made with another base model"),
+            (["--eval-tokens", 99], "made with --eval-tokens 500, not 99"),
+            (["--clip", 2], ".*--clip 1.0, not 2.0"),
+            (["--dtype", "bfloat16"], "made with --dtype float32, not bfloat16"),
+            (["--lr", 1], "made with --lr 0.001, not 1.0")]:
+        with pytest.raises(BadInput, match=f"checkpoint.pt was {sentence}"):
+            run_train(*moved, *more)
+    file = tmp_path / "out" / "checkpoint.pt"
+    checkpoint = load_checkpoint(file)
+    assert run_train(*moved)["log"][-1]["step"] == 4
+    # as earlier versions wrote it
+    for name in ("base", "data", "lora", "clip", "dtype", "eval_tokens"):
+        del checkpoint["args"][name]
+    checkpoint["args"]["data"] = [str(tmp_path / "moved")]
+    torch.save(checkpoint, file)
+    capsys.readouterr()
+    assert run_train(*moved)["log"][-1]["step"] == 4
+    assert "is not checked" in capsys.readouterr().out

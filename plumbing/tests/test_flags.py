@@ -1,0 +1,89 @@
+"""Flags: bad input is one sentence and exit status 2."""
+import subprocess
+import sys
+
+import pytest
+
+import bench
+from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED
+from test_flora import HERE, run_script, tiny_flags
+
+
+@pytest.mark.parametrize("script,flags,sentence", [
+    ("train", "--rank 0", "--rank is 0; use a whole number of at least 1"),
+    ("train", "--data {empty}", "--data holds 0 distinct readable text files"),
+    ("train", "--data {empty}/none*.h", "none*.h: no such file, folder or glob match"),
+    ("train", "--targets wq", "unknown target 'wq'; use one of c_attn, c_attn.qk"),
+    ("train", "--block-size 65", "--block-size 65 is more than the model's context of 64"),
+    ("train", "--weights {empty}", "config.json: no such file"),
+    ("train", "--data {short} --block-size 64",
+     "tokens, fewer than --block-size 64; give more files"),
+    ("train", "--device tpu", "--device tpu: not usable here"),
+    ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
+    ("train", "--steps -1", "--steps is -1; use a whole number of at least 0"),
+    ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
+    ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z",
+     "3 --adapter for 2 prompts"),
+    ("generate", "--prompt a --adapter {empty}/x", "x: no such adapter file"),
+    ("generate", "--prompt a --adapter {flora1}", "was trained on another base model"),
+    ("generate", "--prompt a --suffix b", "has no fill-in-the-middle tokens"),
+    ("generate", "--prompt {long}",
+     "tokens, more than the model's context of 64 (n_positions); shorten it"),
+    ("generate", "--prompt-file {empty}/x", "not readable as UTF-8 text"),
+    ("generate", "--prompt a --temperature -1", "--temperature and --top-k must be at least 0"),
+    ("generate", "--prompt a --json {empty}/no/x.json", "x.json: cannot be written"),
+    ("generate", "--prompt a --json {empty}", "empty: is a folder; name a file"),
+    ("generate", "--prompt a --json {short}/a.h", "a.h: holds something else than this writes"),
+    ("generate", "--prompt a --stop=", "--stop is empty"),
+    ("generate", "--prompt a --seed 99999999999999999999", "seed is 99999999999999999999"),
+    ("generate", "--prompt caf\udce9", "is not Unicode"),
+    ("train", "--json {short}/a.h", "a.h: holds something else than this writes"),
+])
+def test_bad_input_is_one_sentence_and_exit_status_2(
+        script, flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    for i, name in enumerate("abc"):
+        (tmp_path / "short" / f"{name}.h").write_text(f"int {name};\n" * (i + 1))
+    words = dict(empty=tmp_path / "empty", short=tmp_path / "short", long="x," * 40, base=EMBEDDED,
+                 flora1=embedded_adapters["flora1"])
+    flags = [flag.format(**words) for flag in flags.split()]
+    if script == "train":
+        flags = tiny_flags(tiny_folder, tmp_path / "out") + flags
+    else:
+        flags = ["--weights", str(tiny_folder)] + flags
+    with pytest.raises(SystemExit) as exit:
+        run_script(getattr(sys.modules[script], "main"), [f"{script}.py", *flags], monkeypatch)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    last = printed.err.splitlines()[-1]
+    assert sentence in last and f"{script}.py: error: " in last
+
+
+def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path, monkeypatch):
+    for flags, sentence in [
+            (["--ranks", "0"], "--ranks is 0; use a whole number of at least 1"),
+            (["--num-adapters", "0"], "--num-adapters is 0"),
+            (["--request-rate", "-1"], "--request-rate is -1.0; use a number above 0"),
+            (["--model", "starcoder"], "--model needs --random-weights"),
+            (["--random-weights"], "--model needs"),
+            (["--model", "starcodr", "--random-weights"],
+             "--model starcodr: unknown; use one of tiny_starcoder_py"),
+            (["--rows", "lore"], "--rows lore"),
+            (["--scale", "1"],
+             "--scale 1.0: the longest request has .* more than the model's context of 64; use"),
+            (["--weights", tmp_path / "nowhere"], "nowhere: no such model folder")]:
+        argv = ["bench.py", "--weights", served_folder, *flags]
+        monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
+        with pytest.raises(BadInput, match=sentence):
+            bench.main()
+
+
+def test_a_reader_that_goes_away_ends_a_script_without_a_traceback():
+    lines = "from plumbing.flags import run_main; run_main(lambda: [print('x' * 99) for _ in range(9999)])"
+    script = subprocess.Popen([sys.executable, "-c", lines], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    script.stdout.readline()
+    script.stdout.close()
+    assert script.stderr.read() == "" and script.wait() == 141
