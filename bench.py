@@ -19,7 +19,7 @@ Mode throughput: all requests arrive at once. Mode latency: they arrive at rando
 --request-rate a second. extras/bench_more.py adds the modes layer and token, and more rows.
 
 Two predictions stand beside the measured ranks: Eq. 7's inflection rank, up to which FLoRA is
-cheaper than bmm-LoRA, and the free rank, up to which it is as fast as the base (flora.free_rank).
+cheaper than bmm-LoRA, and the free rank, up to which it is as fast as the base (free_rank).
 """
 import argparse
 import json
@@ -71,11 +71,18 @@ def materialise(layer):
 
 
 def example(layer):
-    layer.lora = flora.lora_per_row
+    layer.lora = flora.lora_addend
 
 
 def token(layer):
-    layer.lora = flora.lora_per_token
+    layer.lora = lora_per_token
+
+
+def lora_per_token(x, rows):
+    """LoRA's addend as an engine computes it that flattens tokens (the paper's baseline): every
+    token carries a copy of its adapter."""
+    A, B = (rows[part].expand(*x.shape[:2], -1, -1) for part in ("added_A", "added_B"))
+    return flora.lora_addend(x, dict(added_A=A, added_B=B))
 
 
 ROWS = {   # by the names that --rows takes
@@ -123,7 +130,7 @@ def install(model, adapters=None, set_up=default):
         plain = flora.AdapterLinear, nn.ModuleDict(), None
         layer.__class__, layer.adapters, layer.frozen_bank = adapters[name] if adapters else plain
         layer.num_adapters = len(layer.adapters)
-        layer.path, layer.lora = "auto", flora.lora_per_row
+        layer.path, layer.lora = "auto", flora.lora_addend
         set_up(layer)
 
 
@@ -289,6 +296,13 @@ def throughput_of(rows, key="tokens_per_second"):
     return {(r["baseline"], r.get("rank")): r[key] for r in rows if r["mode"] == "throughput"}
 
 
+def free_rank(requests, balance):
+    """The rank up to which Eq. 6 costs nothing when `requests` rows are decoded at once (not in the
+    paper): reading W0 hides the arithmetic of requests * r rows up to the device's balance, matmul
+    rate (FLOP/s) / bandwidth (bytes/s) * bytes of a weight / 2."""
+    return balance / requests
+
+
 def measured_free_ranks(rows, name):
     """The ranks at which `name` keeps FREE of the base's tokens/s; None if it has no rows."""
     shares = throughput_of(rows, "ratio_to_base")
@@ -307,7 +321,7 @@ def predict(bench, bandwidth, flops):
     return dict(
         eq7=dict(predicted=predict_inflection(layer, slots, 1, bench.device, bench.dtype),
                  measured={name: measured_inflection(results, name) for name in loras}),
-        free_rank=dict(requests=slots, balance=balance, predicted=flora.free_rank(slots, balance),
+        free_rank=dict(requests=slots, balance=balance, predicted=free_rank(slots, balance),
                        measured={name: measured_free_ranks(results, name) for name in floras}))
 
 

@@ -11,11 +11,9 @@ of its own. In the paper's shapes B_i is [d, r] and A_i is [r, k]:
 PEFT names LoRA's factors the other way round: its lora_A is our Bᵀ, its lora_B our Aᵀ.
 
 Reading order: (1) the equations as functions, (2) what one projection learns (`FLoRA`, `LoRA`,
-`IA3`), (3) a linear layer with many of them (`AdapterLinear`), (4) verbs on a model: add, merge,
-save, load. (5) and (6), at the end, read and write files. Further kinds, and other forms in which
-W0 may be held, stand in extras/.
+`IA3`), (3) a linear layer with many of them (`AdapterLinear`), (4) verbs on a model: add, gather,
+merge, save, load. extras/ holds further kinds of adapters, and other forms of W0 (packed, int8).
 """
-import json
 import os
 from dataclasses import dataclass
 
@@ -23,11 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from plumbing.adapter_files import ADAPTER_METADATA, fill, load_tensors
-from plumbing.files import BadInput, check
-
-from plumbing.outputs import save_tensors
-from plumbing.registry import extra
+from plumbing.adapter_files import named_parameters, read_adapter, write_adapter
+from plumbing.files import BadInput
+from plumbing.registry import extra, find
 
 BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
 
@@ -40,12 +36,12 @@ def flora_expand(x, times_W0, A, B):
 
     x [..., d], A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
     times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold each token's own
-    adapter, as rows. For r > 1 the paper takes a mean over the r components; here A carries the
-    1/r already, so that one batch may pad several ranks with zeros.
+    adapter, as rows. For r > 1 the paper takes a mean over the r components; here it is a sum,
+    since FLoRA.scale has divided A by r: so one batch may pad several ranks with zeros.
     """
     BX = (B * x.unsqueeze(-2)).to(x.dtype)                   # [..., r, d]
     Y = A * times_W0(BX)                                     # [..., r, k]
-    return Y.sum(-2) if Y.shape[-2] > 1 else Y.squeeze(-2)   # [..., k]
+    return Y.sum(-2) if Y.shape[-2] > 1 else Y.squeeze(-2)   # [..., k]; a sum of one would copy
 
 
 def flora_materialise(x, W0, A, B):
@@ -77,16 +73,7 @@ def inflection_rank(c1, c2, d, k):
     return 1 / (1 - share) if share < 1 else float("inf")
 
 
-def free_rank(requests, balance):
-    """The rank up to which Eq. 6 costs nothing when `requests` rows are decoded at once.
-
-    Reading W0 hides the arithmetic of requests * r rows while these stay below the device's
-    balance: matmul rate (FLOP/s) / bandwidth (bytes/s) * bytes of a weight / 2. Not in the paper.
-    """
-    return balance / requests
-
-
-# Cost of building W0 ∘ ΔW, in rows of the plain matmul, by device and bytes of a weight; below it
+# Cost of building W0 ∘ ΔW, in equivalent matmul rows, by device and bytes of a weight; below it
 # Eq. 6 is cheaper. CPU: measured at 768 to 6144 wide (142 to 297 rows, and 812 to 1,229), 2 cores.
 # Otherwise, as on CUDA: estimated from an H100's bandwidth and matmul rate.
 MATERIALISE_COST = {("cpu", 4): 256, ("cpu", 2): 1024}
@@ -118,85 +105,70 @@ class Adapter(nn.Module):
     """
     kind = None
     learning_rate = 1e-3   # train.py's default
-    scales = False         # whether scale() is ever not None
-    activation = None      # an option of extras/ffba.py, kept in every adapter file
+    fixed_rank = None      # of a kind without a choice
+    places = None          # {target: [(end of a projection's name, options)]}; None: model.TARGETS
+    options = ()           # what __init__ takes beside the following, and a file keeps
 
-    def __init__(self, rank, target, d, k, columns=None, alpha=8.0):
+    def __init__(self, rank, target, d, k, columns=None, alpha=8.0, scales_input=False):
         super().__init__()
         self.rank, self.target, self.alpha = rank, target, alpha
-        self.d, self.columns = d, columns or (0, k)
+        self.d, self.columns, self.scales_input = d, columns or (0, k), scales_input
 
     def scale(self, columns):
         """ΔW over the first `columns` outputs as sum_j b_j a_jᵀ: A [R, columns], B [R, d]."""
+        return None, None
 
     def added(self, k):
         """An addend to W0 as factors: A [r, k], B [r, d]."""
+        return None, None
 
     def bias(self, bias):
-        """The layer's bias [k] as this adapter changes it."""
+        """The layer's bias [k], or None, as this adapter changes it."""
 
     def merge(self, model, layer):
-        """Write this adapter into the weight and bias of `layer`, in their dtype."""
+        """Write this adapter into the weight and bias of `layer`, in their dtype; BadInput,
+        before the first write, if it cannot be."""
         k = layer.out_features
-        scale, added, bias = self.scale(k), self.added(k), self.bias(layer.bias)
-        if scale is not None:
-            A, B = scale
-            layer.weight.mul_(A.T @ B)                    # W0ᵀ ∘ ΔWᵀ  [k, d]
-        if added is not None:
-            A, B = added
-            layer.weight.add_(A.T @ B)
+        (scale_A, scale_B), (added_A, added_B) = self.scale(k), self.added(k)
+        bias = self.bias(layer.bias)
+        if scale_A is not None:
+            layer.weight.mul_(scale_A.T @ scale_B)        # W0ᵀ ∘ ΔWᵀ  [k, d]
+        if added_A is not None:
+            layer.weight.add_(added_A.T @ added_B)
         if bias is not None:
             layer.bias.copy_(bias)
 
-    # What the verbs on a model ask of a kind
-
     @classmethod
-    def check_rank(cls, rank):
-        if type(rank) is not int or rank < 1:
-            raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
-        return rank
-
-    @classmethod
-    def places(cls, model):
-        """{target: [(end of a projection's name, what __init__ is told beside it)]}"""
-        return {target: [(place, {})] for target, place in model.TARGETS.items()}
-
-    @classmethod
-    def default_targets(cls, model):
-        return model.DEFAULT_TARGETS.get(cls.kind, model.DEFAULT_TARGETS["flora"])
-
-    @classmethod
-    def prepare(cls, model, adapters):
-        """Called before {layer name: Adapter} are attached to a model."""
-
-    def check_merge(self, model, name):
-        """Raise BadInput if this adapter of layer `name` cannot be merged."""
+    def attached(cls, model, adapters):
+        """Called when {layer name: Adapter} of this kind are attached to a model."""
 
 
 class LowRank(Adapter):
-    """A kind with two factors, B [d, r] and A [r, hi - lo]."""
+    """A kind with two factors, B [d, r] and A [r, hi - lo], which reset_parameters fills."""
 
-    def __init__(self, rank, target, d, k, columns=None, alpha=8.0):
-        super().__init__(rank, target, d, k, columns, alpha)
+    def __init__(self, rank, target, d, k, *args, **kwargs):
+        super().__init__(rank, target, d, k, *args, **kwargs)
         lo, hi = self.columns
-        self.B = nn.Parameter(torch.randn(d, rank))
-        self.A = nn.Parameter(torch.zeros(rank, hi - lo))
+        self.B = nn.Parameter(torch.empty(d, rank))
+        self.A = nn.Parameter(torch.empty(rank, hi - lo))
+        self.reset_parameters()
 
 
 class FLoRA(LowRank):
     """ΔW = B A / r (Eq. 2-5)."""
     kind = "flora"
     learning_rate = 8e-3   # the paper's (App. A)
-    scales = True
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        # Component 1 alone is the identity (r * 1 / r); the others start as LoRA's do, one
-        # factor random and one zero. With all ones every component would get the same
-        # gradient for ever, and rank r would train as rank 1.
-        with torch.no_grad():
-            self.B[:, 0] = 1
-            self.A[0] = self.rank
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Component 1 alone is the identity (r * 1 / r); of the others, B is random and A zero.
+
+        With all ones every component would get the same gradient for ever, and rank r would train
+        as rank 1."""
+        nn.init.normal_(self.B)
+        nn.init.zeros_(self.A)
+        self.B[:, 0] = 1
+        self.A[0] = self.rank
 
     def scale(self, columns):
         lo, hi = self.columns
@@ -209,13 +181,14 @@ class FLoRA(LowRank):
 
 
 class LoRA(LowRank):
-    """W0 + (alpha / r) B A (Eq. 1), initialised as in PEFT."""
+    """W0 + (alpha / r) B A (Eq. 1)."""
     kind = "lora"
     learning_rate = 1e-3   # the paper's 1e-4 is for 1,500 steps of a 15B model
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def reset_parameters(self):
+        """As in PEFT."""
         nn.init.kaiming_uniform_(self.B.T, a=5**0.5)
+        nn.init.zeros_(self.A)
 
     def added(self, k):
         lo, hi = self.columns
@@ -226,36 +199,27 @@ class IA3(Adapter):
     """l [hi - lo] scales the outputs, bias included, or l [d] the inputs (end of §3.2)."""
     kind = "ia3"
     learning_rate = 5e-3   # the paper's (App. A)
-    scales = True
+    fixed_rank = 0.5       # the paper's name for it; it decides nothing
 
-    def __init__(self, rank, target, d, k, columns=None, alpha=8.0, scales_input=False):
-        super().__init__(rank, target, d, k, columns, alpha)
-        self.scales_input = scales_input
+    def __init__(self, rank, target, d, k, *args, **kwargs):
+        super().__init__(rank, target, d, k, *args, **kwargs)
         lo, hi = self.columns
-        self.l = nn.Parameter(torch.ones(d if scales_input else hi - lo))
+        self.l = nn.Parameter(torch.ones(d if self.scales_input else hi - lo))
 
     def scale(self, columns):
         if self.scales_input:
             return self.l.new_ones(1, columns), self.l[None]
-        return self.scale_of_outputs(columns)[None], self.l.new_ones(1, self.d)
+        return self.scaled_outputs(columns)[None], self.l.new_ones(1, self.d)
 
     def bias(self, bias):
         if bias is None or self.scales_input:
             return None
-        return bias * self.scale_of_outputs(len(bias))
+        return bias * self.scaled_outputs(len(bias))
 
-    def scale_of_outputs(self, columns):
+    def scaled_outputs(self, columns):
+        """l with ones outside of the columns that it adapts, [columns]."""
         lo, hi = self.columns
-        return F.pad(self.l, (lo, columns - hi), value=1.0)                  # [columns]
-
-    @classmethod
-    def check_rank(cls, rank):
-        return 0.5  # the paper's name for it; it decides nothing
-
-    @classmethod
-    def places(cls, model):
-        return {target: [(place, dict(scales_input=target in model.SCALES_INPUT))]
-                for target, place in model.TARGETS.items()}
+        return F.pad(self.l, (lo, columns - hi), value=1.0)
 
 
 KINDS = {"flora": FLoRA, "lora": LoRA, "ia3": IA3}
@@ -279,20 +243,14 @@ class Bank:
     bias: torch.Tensor | None      # [n + 1, k]            the bias as each IA3 scales it
 
 
-def stack_rows(rows):
-    """[r_i, m] tensors of several ranks -> [n, max r, m], padded with zeros."""
-    rank = max(len(row) for row in rows)
-    return torch.stack([F.pad(row, (0, 0, 0, rank - len(row))) for row in rows])
+def stack(tensors, neutral):
+    """One tensor [r_i, m] for each adapter -> [n, max r, m], padded with zeros; or [k] -> [n, k].
 
-
-def stack_factors(factors, neutral):
-    """(A [r_i, k], B [r_i, d]) of each adapter -> A [n, R, k], B [n, R, d].
-
-    An adapter's None stands for `neutral`; if all are None, so is the result: (None, None)."""
-    if all(pair is None for pair in factors):
-        return None, None
-    A, B = zip(*(neutral if pair is None else pair for pair in factors))
-    return stack_rows(A), stack_rows(B)
+    None stands for `neutral`. If all are None, so is the result."""
+    if all(tensor is None for tensor in tensors):
+        return None
+    tensors = [neutral.float() if tensor is None else tensor for tensor in tensors]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 
 def select(bank, ids):
@@ -303,53 +261,26 @@ def select(bank, ids):
 
 class Rows:
     """One layer's adapters for one batch: its bank, and ids int64 [b] (one per example) or [b, T]
-    (one per token). rows["scale_A"] are each one's own rows of bank.scale_A, [b, 1 or T, R, m],
-    gathered when first asked for and kept."""
+    (one per token). rows["scale_A"] are each one's own rows of bank.scale_A, [b, 1 or T, R, m]."""
 
     def __init__(self, bank, ids):
-        self.bank, self.ids, self.gathered = bank, ids.view(len(ids), -1), {}     # [b, 1 or T]
+        self.bank, self.ids, self.kept = bank, ids.view(len(ids), -1), {}         # [b, 1 or T]
 
     def __getitem__(self, part):
-        if part not in self.gathered:
-            self.gathered[part] = select(getattr(self.bank, part), self.ids)
-        return self.gathered[part]
+        if part in self.kept:
+            return self.kept[part]
+        own = select(getattr(self.bank, part), self.ids)
+        if not own.requires_grad:   # gradient checkpointing runs a block twice, alike
+            self.kept[part] = own
+        return own
 
 
-class Gathered(dict):
-    """{layer: its Rows} of one batch, from `gather`: to be passed in the place of ids for as many
-    decoding steps as the batch keeps its composition."""
-
-
-def lora_per_row(x, rows):
-    """LoRA's addend, an adapter per example or per token as in `rows`: x [b, T, d] -> [b, T, k]."""
-    return lora_by_bmm(x, rows["added_A"], rows["added_B"])
-
-
-def lora_per_token(x, rows):
-    """The same as an engine computes it that flattens tokens (the paper's baseline): every token
-    carries a copy of its adapter."""
-    A, B = (rows[part].expand(*x.shape[:2], -1, -1) for part in ("added_A", "added_B"))
-    return lora_by_bmm(x, A, B)
-
-
-def lora_by_bmm(x, A, B):
-    """lora_bmm for x [b, T, d], A [b, n, r, k], B [b, n, r, d], n being 1 or T -> [b, T, k]."""
+def lora_addend(x, rows):
+    """LoRA's addend, an adapter per example or per token: x [b, T, d] -> [b, T, k]."""
+    A, B = rows["added_A"], rows["added_B"]                  # [b, n, r, k], [b, n, r, d], n is 1 or T
     b, T, d = x.shape
-    x = x.reshape(b * A.shape[1], -1, d)                                     # [b n, T / n, d]
+    x = x.reshape(b * A.shape[1], -1, d)                     # [b n, T / n, d]
     return lora_bmm(x, A.flatten(0, 1), B.flatten(0, 1).mT).view(b, T, -1)
-
-
-class Plain:
-    """W0 held as nn.Linear holds it. extras/int8.py and extras/packed.py have other forms."""
-    times = staticmethod(F.linear)       # (x, weight, bias) -> x weightᵀ + bias
-
-    def product(self, layer, x, lo, hi, bias):
-        """x [..., d] -> x W0[:, lo:hi] (+ bias [hi - lo])."""
-        return self.times(x, layer.weight[lo:hi], bias)
-
-    def W0(self, layer):
-        """The dense W0 [d, k]."""
-        return layer.weight.T
 
 
 class AdapterLinear(nn.Linear):
@@ -358,99 +289,91 @@ class AdapterLinear(nn.Linear):
     As in nn.Linear, `weight` is W0ᵀ [k, d]. `adapters` maps str(id) to this layer's Adapter; an id
     without one here runs the base layer.
     """
-    form = Plain()                       # how W0 is held
-    lora = staticmethod(lora_per_row)    # how LoRA's addend is computed: (x, rows) -> [b, T, k]
+    form = None                         # W0 as nn.Linear holds it; or another form (extras/int8.py)
+    lora = staticmethod(lora_addend)    # how LoRA's addend is computed: (x, rows) -> [b, T, k]
+    path = "auto"                       # how FLoRA is: "expand" (Eq. 6), "materialise" (Eq. 4)
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias)
         self.adapters = nn.ModuleDict()
         self.num_adapters = 0       # of the model, so that ids mean the same in every layer
         self.frozen_bank = None     # from freeze_bank, for serving; None stacks in each forward
-        self.path = "auto"          # how FLoRA is computed, where forward is not told
 
-    def forward(self, x, adapters=None, path=None):
+    def forward(self, x, adapters=None):
         """x [b, T, d] -> [b, T, k] in x's dtype.
 
-        adapters: int64 [b] (one per example) or [b, T] (one per token, §3.2), 0 for the base model
-        and i for adapter i; or what `gather` made of ids; None is the base model for all.
-        path: "expand" (Eq. 6), "materialise" (Eq. 4) or "auto" (choose_path); None is self.path.
+        adapters: {layer: its Rows}, from `gather`; None is the base model for all.
         """
-        rows = self.rows(adapters)
+        rows = adapters.get(self) if adapters else None
         if rows is None:
-            return self.product(x, bias=self.bias)
-        y = self.scaled(x, rows, path or self.path)
+            return self.product(x, self.bias)
+        y = self.scaled(x, rows)
         if rows.bank.added_A is not None:
             y = y + self.lora(x, rows)
         return y.to(x.dtype)
 
-    def rows(self, adapters):
-        """forward's `adapters` -> this layer's Rows; None where only the base model runs."""
-        if adapters is None or not (self.adapters or self.frozen_bank):
-            return None
-        if isinstance(adapters, Gathered):
-            return adapters[self]
-        return Rows(self.frozen_bank or self.bank(), adapters)
-
-    def product(self, x, lo=0, hi=None, bias=None):
-        """x [..., d] -> x W0[:, lo:hi] (+ bias), by the form in which W0 is held."""
+    def product(self, x, bias=None, lo=0, hi=None):
+        """x [..., d] -> x W0[:, lo:hi] (+ bias), in the form in which W0 is held."""
+        if self.form is None:
+            return F.linear(x, self.weight[lo:hi], bias)
         return self.form.product(self, x, lo, hi, bias)
 
     def W0(self):
         """The dense W0 [d, k]: for Eq. 4, and for whoever merges or fits."""
-        return self.form.W0(self)
+        return self.weight.T if self.form is None else self.form.W0(self)
 
-    def scaled(self, x, rows, path):
+    def scaled(self, x, rows):
         """x (W0 ∘ ΔW) + bias, ΔW (and, for IA3, the bias) being each token's own -> [b, T, k]."""
-        if rows.bank.scale_A is None:
-            return self.product(x, bias=self.bias)
-        rank, columns = rows.bank.scale_A.shape[1:]
-        if path == "auto":
-            path = choose_path(x, rank, rows.ids)
+        bank = rows.bank
+        if bank.scale_A is None:
+            return self.product(x, self.bias)
+        rank, columns = bank.scale_A.shape[1:]
+        path = choose_path(x, rank, rows.ids) if self.path == "auto" else self.path
         if path == "expand":
-            y = flora_expand(x, lambda BX: self.product(BX, 0, columns),
-                             rows["scale_A"], rows["scale_B"])
+            def times_W0(BX):
+                return self.product(BX, hi=columns)
+            y = flora_expand(x, times_W0, rows["scale_A"], rows["scale_B"])
         elif path == "materialise":
-            y = self.materialised(x, rows.bank, rows.ids)
+            y = self.materialised(x, rows)
         else:
             raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
         if columns < self.out_features:   # the last columns, which no adapter of this layer touches
-            y = torch.cat([y, self.product(x, columns).to(y.dtype)], dim=-1)
-        bias = self.bias if rows.bank.bias is None else rows["bias"]
+            y = torch.cat([y, self.product(x, lo=columns).to(y.dtype)], dim=-1)
+        bias = self.bias if bank.bias is None else rows["bias"]
         return y if bias is None else y + bias
 
-    def materialised(self, x, bank, ids):
+    def materialised(self, x, rows):
         """Eq. 4, one distinct adapter after another: x [b, T, d] -> [b, T, columns]."""
-        columns = bank.scale_A.shape[2]
-        W0, ids = self.W0()[:, :columns], ids.expand(x.shape[:2])
-        distinct = ids.unique().tolist()
+        A, B, ids = rows.bank.scale_A, rows.bank.scale_B, rows.ids.expand(x.shape[:2])
+        W0, distinct = self.W0()[:, :A.shape[2]], ids.unique().tolist()
+        if distinct[0] < 0:
+            raise IndexError(f"adapter id {distinct[0]} is negative")
         if len(distinct) == 1:   # as in training: no copies of x and y
-            return flora_materialise(x, W0, bank.scale_A[distinct[0]], bank.scale_B[distinct[0]])
-        y = x.new_empty(*x.shape[:2], columns)
+            return flora_materialise(x, W0, A[distinct[0]], B[distinct[0]])
+        y = x.new_empty(*x.shape[:2], A.shape[2])
         for i in distinct:
-            y[ids == i] = flora_materialise(x[ids == i], W0, bank.scale_A[i], bank.scale_B[i])
+            y[ids == i] = flora_materialise(x[ids == i], W0, A[i], B[i])
         return y
 
-    def adapter(self, i):
-        """This layer's Adapter i, or NO_ADAPTER."""
-        return self.adapters[str(i)] if str(i) in self.adapters else NO_ADAPTER
+    def in_rows(self, ids=None):
+        """The Adapter of each row of a bank, NO_ADAPTER where this layer has none. ids: which
+        (default: all, from 0)."""
+        ids = range(self.num_adapters + 1) if ids is None else ids
+        return [self.adapters[str(i)] if str(i) in self.adapters else NO_ADAPTER for i in ids]
 
     def bank(self, ids=None, columns=0):
-        """Stack this layer's adapters, differentiably. ids: which (default: all, from 0); columns:
-        how many scale_A has at least."""
-        ids = range(self.num_adapters + 1) if ids is None else ids
-        adapters = [self.adapter(i) for i in ids]
-        k, d = self.weight.shape
-        columns = max([columns] + [a.columns[1] for a in adapters if a.scales])
+        """Stack this layer's adapters, differentiably. ids as in in_rows; columns: how many scale_A
+        has at least."""
+        adapters, (k, d) = self.in_rows(ids), self.weight.shape
+        scaling = [a for a in adapters if type(a).scale is not Adapter.scale]
+        columns = max([columns] + [a.columns[1] for a in scaling])
+        scale_A, scale_B = zip(*(a.scale(columns) for a in adapters))
+        added_A, added_B = zip(*(a.added(k) for a in adapters))
+        bias = [a.bias(self.bias) for a in adapters]
         ones = torch.ones(1, max(k, d), device=self.weight.device)
-        base = ones[:, :columns], ones[:, :d]
-        scale_A, scale_B = stack_factors([a.scale(columns) for a in adapters], base)
-        nothing = ones[:0, :k], ones[:0, :d]
-        added_A, added_B = stack_factors([a.added(k) for a in adapters], nothing)
-        biases = [a.bias(self.bias) for a in adapters]
-        if all(bias is None for bias in biases):
-            return Bank(scale_A, scale_B, added_A, added_B, None)
-        biases = [self.bias.float() if bias is None else bias for bias in biases]
-        return Bank(scale_A, scale_B, added_A, added_B, torch.stack(biases))
+        return Bank(stack(scale_A, ones[:, :columns]), stack(scale_B, ones[:, :d]),
+                    stack(added_A, ones[:0, :k]), stack(added_B, ones[:0, :d]),
+                    stack(bias, self.bias))
 
     def freeze_bank(self, capacity=0):
         """Set frozen_bank, as the verb freeze_bank explains."""
@@ -466,16 +389,9 @@ class AdapterLinear(nn.Linear):
 
 def adapter_class(kind):
     """The Adapter of a kind: one of KINDS, or the ADAPTER of extras/KIND.py."""
-    if isinstance(kind, str) and kind in KINDS:
-        return KINDS[kind]
-    unknown = BadInput(f"unknown adapter kind {kind!r}; use one of {', '.join(KINDS)}, "
-                       f"or a kind that extras/ holds (there is no extras/{kind}.py for it)")
-    if not (isinstance(kind, str) and kind.isidentifier()):
-        raise unknown
-    try:
-        return extra(kind, kind).ADAPTER
-    except (BadInput, AttributeError):
-        raise unknown from None
+    return find(kind, KINDS, "ADAPTER",
+                f"unknown adapter kind {kind!r}; use one of {', '.join(KINDS)}, "
+                f"or a kind that extras/ holds (there is no extras/{kind}.py for it)")
 
 
 def adapter_layers(model):
@@ -486,32 +402,35 @@ def adapter_layers(model):
 
 
 def default_targets(model, kind):
-    """Where an adapter of a kind goes if nothing is said: PEFT's places for LoRA and IA3."""
-    return list(adapter_class(kind).default_targets(model))
+    """Where an adapter of a kind goes by default: PEFT's places for LoRA and IA3."""
+    places = adapter_class(kind).places or model.DEFAULT_TARGETS.get(kind)
+    return list(places or model.DEFAULT_TARGETS["flora"])
 
 
 def make_adapters(model, kind, rank, targets=None, alpha=8.0, device=None, **options):
     """{layer name: new Adapter} for every layer of `model` that one of `targets` names; on that
     layer's device, or on `device`: "meta" takes no memory."""
     adapter = adapter_class(kind)
-    rank, places = adapter.check_rank(rank), adapter.places(model)
-    layers = dict(adapter_layers(model))
+    rank = adapter.fixed_rank or rank
+    if rank != adapter.fixed_rank and (type(rank) is not int or rank < 1):
+        raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
+    places = adapter.places or {target: [(end, {})] for target, end in model.TARGETS.items()}
     if targets is None:
         targets = default_targets(model, kind)
     elif "all" in targets:
         targets = [target for target in places if model.columns(target) is None]
-    made = {}
+    layers, made = dict(adapter_layers(model)), {}
     for target in targets:
         if target not in places:
             raise BadInput(f"unknown target {target!r}; use one of {', '.join(places)}, or all")
-        for place, more in places[target]:
-            for name in [name for name in layers if name.endswith("." + place)]:
+        for end, more in places[target]:
+            for name in [name for name in layers if name.endswith("." + end)]:
                 if name in made:
                     raise BadInput(f"targets {' '.join(targets)} adapt {name} twice; name it once")
                 k, d = layers[name].weight.shape
                 with torch.device(device or "cpu"):
                     new = adapter(rank, target, d, k, model.columns(target), alpha,
-                                  **more, **options)
+                                  target in model.SCALES_INPUT, **more, **options)
                 made[name] = new.to(device or layers[name].weight.device)
     return made
 
@@ -521,7 +440,7 @@ def attach(model, adapters):
     layers = dict(adapter_layers(model))
     taken = {int(i) for layer in layers.values() for i in layer.adapters}
     adapter_id = min(set(range(1, len(taken) + 2)) - taken)
-    next(iter(adapters.values())).prepare(model, adapters)
+    next(iter(adapters.values())).attached(model, adapters)
     for name, layer in layers.items():
         layer.num_adapters, layer.frozen_bank = max(layer.num_adapters, adapter_id), None
         if name in adapters:
@@ -554,11 +473,6 @@ def adapter_parameters(model, adapter_id):
     return named_parameters(adapters_of(model, adapter_id))
 
 
-def named_parameters(adapters):
-    return {f"{name}.{p}": tensor for name, adapter in adapters.items()
-            for p, tensor in adapter.named_parameters()}
-
-
 def remove_adapter(model, adapter_id):
     """Take an adapter out of the model. Its id is the base model from now on, free for the next."""
     for name in adapters_of(model, adapter_id):
@@ -581,9 +495,16 @@ def freeze_bank(model, capacity=0):
 
 
 def gather(model, adapter_ids):
-    """The Gathered rows for int64 adapter_ids [b], to pass in their place."""
-    rows = {layer: layer.rows(adapter_ids) for _, layer in adapter_layers(model)}
-    return Gathered((layer, r) for layer, r in rows.items() if r is not None)
+    """int64 adapter_ids [b] (one per example) or [b, T] (one per token, §3.2), 0 for the base model
+    -> {layer: its Rows}, which AdapterLinear.forward takes.
+
+    None, the base model for all, and what is gathered already come back as they are: the latter
+    serves as many decoding steps as the batch keeps its composition.
+    """
+    if adapter_ids is None or isinstance(adapter_ids, dict):
+        return adapter_ids
+    return {layer: Rows(layer.frozen_bank or layer.bank(), adapter_ids)
+            for _, layer in adapter_layers(model) if layer.adapters or layer.frozen_bank}
 
 
 @torch.no_grad()
@@ -593,30 +514,20 @@ def merge_adapter(model, adapter_id):
     All adapters are then removed, since they belonged to the old base. Merging into bfloat16 or
     float16 rounds each weight: load the model in float32 to merge without that.
     """
-    adapters = adapters_of(model, adapter_id)
-    for name, adapter in adapters.items():
-        adapter.check_merge(model, name)
-        if not model.get_submodule(name).weight.is_floating_point():
-            raise BadInput("an int8 base has no weights to merge into; load it without --quantize")
-    for name, adapter in adapters.items():
-        adapter.merge(model, model.get_submodule(name))
+    adapters = {model.get_submodule(name): a for name, a in adapters_of(model, adapter_id).items()}
+    if not all(layer.weight.is_floating_point() for layer in adapters):
+        raise BadInput("an int8 base has no weights to merge into; load it without --quantize")
+    for layer, adapter in adapters.items():
+        adapter.merge(model, layer)
     for _, layer in adapter_layers(model):
         layer.adapters, layer.num_adapters, layer.frozen_bank = nn.ModuleDict(), 0, None
-    model.fingerprint = None  # another base now
+    vars(model).pop("fingerprint", None)   # another base now
 
 
 def save_adapter(model, adapter_id, file, training=None):
     """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank,
-    targets, alpha, activation, its base model's fingerprint and `training`, a JSON-able summary."""
-    adapters = adapters_of(model, adapter_id)
-    first = next(iter(adapters.values()))
-    metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
-                    activation=first.activation, base=model.fingerprint,
-                    targets=list(dict.fromkeys(a.target for a in adapters.values())),
-                    training=training or {})
-    tensors = {name: p.detach().contiguous().cpu()
-               for name, p in named_parameters(adapters).items()}
-    save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
+    targets, alpha, its base model's fingerprint and `training`, a JSON-able summary."""
+    write_adapter(file, adapters_of(model, adapter_id), model.fingerprint, training)
 
 
 def load_adapter(model, file):
@@ -629,26 +540,4 @@ def load_adapter(model, file):
     """
     if os.path.isdir(file):
         return extra("peft", f"the PEFT folder {file}").load_peft(model, file)
-    tensors, metadata = load_tensors(file)
-    if metadata is None:
-        raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
-    check(metadata, ADAPTER_METADATA, f'{file}: "flora_adapter" metadata')
-    if metadata["base"] != model.fingerprint:
-        raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
-                       f" this model's is {model.fingerprint}); load that base with --weights")
-    options = {} if metadata.get("activation") is None else {"activation": metadata["activation"]}
-    try:
-        adapters = make_adapters(model, metadata["kind"], metadata["rank"], metadata["targets"],
-                                 metadata["alpha"], device="meta", **options)
-    except (BadInput, TypeError) as e:   # TypeError: an option that the kind does not have
-        raise BadInput(f"{file}: {e}") from None
-    fill(model, adapters, named_parameters, tensors, file)
-    return attach(model, adapters)
-
-
-# --------------------------------------------------------------------- 5 files: right or refused
-
-
-# --------------------------------------------------- 6 outputs: nothing overwritten, nothing lost
-
-
+    return attach(model, read_adapter(file, model, make_adapters))

@@ -1,4 +1,4 @@
-"""StarCoder (GPTBigCode): the transformer, its KV cache, its Hugging Face folder, its tokenizer.
+"""StarCoder (GPTBigCode): the transformer, its KV cache, its sizes.
 
 A pre-norm decoder with learned positions, multi-query attention, a GELU MLP, biases everywhere and
 a tied output embedding. The projections of each block are `flora.AdapterLinear`, so every row of a
@@ -7,9 +7,8 @@ in extras/ (llama.py) and are found by their config.json's model_type.
 
 Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
-import os
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -17,13 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flora import AdapterLinear
-from plumbing.files import BadInput, check, check_weights, is_a, read_json
-from plumbing.flags import LARGEST
-from plumbing.folders import check_supported, fingerprint, read_ends, sample, stored_tensors
-from plumbing.outputs import save_tensors, write_json
-from plumbing.registry import extra
-from plumbing.tokenizer import Tokenizer  # noqa: F401, a model's folder holds both
+from flora import AdapterLinear, gather
+from plumbing import folders
+from plumbing.files import BadInput
+from plumbing.registry import extra, find
+from plumbing.tokenizer import Tokenizer  # noqa: F401, a folder holds both
 
 
 @dataclass
@@ -64,22 +61,10 @@ PRESETS = {
 }
 
 
-def preset(name):
-    """The GPTConfig of a published size: of PRESETS, or of another family's in extras/."""
-    if name in PRESETS:
-        return PRESETS[name]
-    try:
-        return extra(name.split("-")[0], name).PRESETS[name]
-    except (BadInput, AttributeError, KeyError):
-        raise BadInput(f"--model {name}: unknown; use one of {', '.join(PRESETS)}, "
-                       "or one of extras/llama.py's") from None
-
-
-class Where(NamedTuple):
-    """Where the tokens of one call stand in their rows: made once, the same for every layer."""
-    index: tuple | None = None         # where the cache takes keys and values; None: its start
+class CacheAccess(NamedTuple):
+    """How one call uses the KV cache, the same for every layer."""
+    write: tuple | None = None         # where its keys and values go; None: to the start (prefill)
     mask: torch.Tensor | None = None   # [B, T, S], 0 where a token may look, or -inf; None: causal
-    rope: tuple | None = None          # Llama's angles (extras/llama.py)
 
 
 def attend(q, k, v, mask=None, flash=True):
@@ -106,29 +91,27 @@ def attend(q, k, v, mask=None, flash=True):
     return (weights.view(B * K, H // K * T, -1) @ v).view(B, H, T, D)
 
 
-def cached_attention(q, kv, kv_cache, where, attend):
+def cached_attention(q, kv, kv_cache, access, attend):
     """Attention of new tokens, q [B, T, H, D] and kv [B, T, 2, K, D], -> [B, T, H D].
 
-    kv_cache [2, B, K, S, D] or None takes the new keys and values in place. Prefill (where.index
+    kv_cache [2, B, K, S, D] or None takes the new keys and values in place. Prefill (access.write
     None) attends among the new tokens; decoding to all that each row has cached so far. attend:
     the function of this name, or one like it.
     """
     B, T = q.shape[:2]
-    if where.index is not None:
-        kv_cache[where.index] = kv
+    if access.write is not None:
+        kv_cache[access.write] = kv
         kv = kv_cache
     else:
         kv = kv.permute(2, 0, 3, 1, 4)                                        # [2, B, K, T, D]
         if kv_cache is not None:
             kv_cache[:, :, :, :T] = kv
     k, v = kv
-    return attend(q.transpose(1, 2), k, v, where.mask).transpose(1, 2).reshape(B, T, -1)
+    return attend(q.transpose(1, 2), k, v, access.mask).transpose(1, 2).reshape(B, T, -1)
 
 
-def activation(config):
-    """The activation of the MLP: GELU, exact or by tanh, or SiLU."""
-    exact = {"gelu": F.gelu, "silu": F.silu}
-    return exact.get(config.activation_function, partial(F.gelu, approximate="tanh"))
+ACTIVATIONS = {   # by the names of config.json
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "silu": F.silu}
 
 
 class Attention(nn.Module):
@@ -140,17 +123,17 @@ class Attention(nn.Module):
         self.c_attn = AdapterLinear(C, C + 2 * self.head_dim)
         self.c_proj = AdapterLinear(C, C)
 
-    def forward(self, x, adapters, kv_cache, where):
+    def forward(self, x, adapters, kv_cache, access):
         B, T, C = x.shape
         q, kv = self.c_attn(x, adapters).split([C, 2 * self.head_dim], dim=-1)
         q, kv = q.view(B, T, -1, self.head_dim), kv.view(B, T, 2, 1, self.head_dim)
-        return self.c_proj(cached_attention(q, kv, kv_cache, where, self.attend), adapters)
+        return self.c_proj(cached_attention(q, kv, kv_cache, access, self.attend), adapters)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.activation = activation(config)
+        self.activation = ACTIVATIONS[config.activation_function]
         self.c_fc = AdapterLinear(config.n_embd, config.n_inner)
         self.c_proj = AdapterLinear(config.n_inner, config.n_embd)
 
@@ -166,15 +149,14 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x, adapters, kv_cache, where):
-        x = x + self.attn(self.ln_1(x), adapters, kv_cache, where)
+    def forward(self, x, adapters, kv_cache, access):
+        x = x + self.attn(self.ln_1(x), adapters, kv_cache, access)
         return x + self.mlp(self.ln_2(x), adapters)
 
 
 class GPT(nn.Module):
     """StarCoder, by Hugging Face's names (`transformer.h.0.attn.c_attn.weight`)."""
 
-    # What an adapter may be told about the family's projections
     TARGETS = {  # name for --targets: the projection of a block that it adapts
         "c_attn": "attn.c_attn",      # query, key and value, fused: what PEFT adapts in StarCoder
         "c_attn.qk": "attn.c_attn",   # its query and key columns alone: App. A
@@ -185,17 +167,9 @@ class GPT(nn.Module):
     }
     DEFAULT_TARGETS = {"flora": ("c_attn",), "lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj")}
     SCALES_INPUT = {"mlp.c_proj"}     # where PEFT's IA3 scales what goes in, not what comes out
-
-    # Its config.json
+    RESIDUAL = ("c_proj.weight",)     # projections into the residual stream
+    FOLDER = folders.StarCoderFolder  # how a Hugging Face folder holds this family
     CONFIG = GPTConfig
-    ARCHITECTURE = dict(architectures=["GPTBigCodeForCausalLM"],
-                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-    KEYS = {}                         # {field of CONFIG: key of config.json}, where the two differ
-    SUPPORTED = {  # {key of config.json: the values that are implemented, the default first}
-        "multi_query": [True], "scale_attn_weights": [True], "tie_word_embeddings": [True],
-        "activation_function": ["gelu_pytorch_tanh", "gelu"]}
-    SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")   # above 0
-    IGNORED = ("lm_head.weight",)     # tensors that a folder may hold: a copy of the tied embedding
 
     times_output = staticmethod(F.linear)   # (x, output embedding) -> logits
 
@@ -203,14 +177,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False   # recompute each block in backward, to save memory
-        self._fingerprint = None
         self.build(config)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() > 1:  # not the norms' gains; residual projections start smaller (GPT-2)
-                last = name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight"))
-                depth = 2 * config.n_layer if last else 1
+                depth = 2 * config.n_layer if name.endswith(self.RESIDUAL) else 1
                 nn.init.normal_(p, std=config.initializer_range / depth**0.5)
 
     def build(self, config):
@@ -249,15 +221,15 @@ class GPT(nn.Module):
         wpe = self.transformer.wpe
         return self.wte(ids) + (wpe.weight[:ids.shape[1]] if positions is None else wpe(positions))
 
-    def where(self, x, kv_cache, positions):
-        """The Where of x [B, T, C] at positions [B, T]; without a cache or positions, prefill."""
+    def cache_access(self, x, kv_cache, positions):
+        """The CacheAccess of x [B, T, C] at positions [B, T]; without one of both, prefill."""
         if positions is None or kv_cache is None:
-            return Where()
+            return CacheAccess()
         row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
         cached = torch.arange(kv_cache.shape[-2], device=x.device)            # [S]
         unseen = cached > positions[:, :, None]                               # [B, T, S]
         mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
-        return Where((every, row, every, positions), mask)
+        return CacheAccess((every, row, every, positions), mask)
 
     def hidden(self, ids, adapter_ids=None, kv_cache=None, positions=None):
         """All of `forward` but the output embedding -> [B, T, C]."""
@@ -265,14 +237,15 @@ class GPT(nn.Module):
             raise BadInput(f"{ids.shape[1]} tokens are more than the model's context of "
                            f"{self.config.n_positions} (n_positions); "
                            "shorten or truncate the prompt")
+        adapters = gather(self, adapter_ids)
         x = self.embed(ids, positions)                                        # [B, T, C]
-        where = self.where(x, kv_cache, positions)
+        access = self.cache_access(x, kv_cache, positions)
         for i, block in enumerate(self.blocks):
             layer_cache = None if kv_cache is None else kv_cache[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, adapter_ids, layer_cache, where, use_reentrant=False)
+                x = checkpoint(block, x, adapters, layer_cache, access, use_reentrant=False)
             else:
-                x = block(x, adapter_ids, layer_cache, where)
+                x = block(x, adapters, layer_cache, access)
         return self.ln_f(x)
 
     def logits(self, x):
@@ -318,68 +291,19 @@ class GPT(nn.Module):
         """{name: parameter} of the base model, adapters left out."""
         return {name: p for name, p in self.named_parameters() if ".adapters." not in name}
 
-    @property
+    @cached_property
     def fingerprint(self):
-        """16 hexadecimal digits that tell this base model from others, from a sample of its weights
-        as they were stored (so a load in another dtype keeps it)."""
-        if self._fingerprint is None:
-            samples = {name: sample(p) for name, p in self.base_parameters().items()}
-            self._fingerprint = fingerprint(samples)
-        return self._fingerprint
-
-    @fingerprint.setter
-    def fingerprint(self, value):
-        self._fingerprint = value
-
-    # ------------------------------------------------------------------ Hugging Face folders
+        """16 hexadecimal digits that tell this base model from others, from its weights as they
+        were stored, so that a load in another dtype keeps it."""
+        return folders.fingerprint(self.base_parameters())
 
     @staticmethod
     def from_pretrained(folder, device="cpu", dtype=torch.float32):
-        """Load a Hugging Face folder of StarCoder's family, or of one in extras/: config.json and
-        weights as safetensors or pytorch_model*.bin (never unpickled beyond tensors), in one file
-        or in shards.
+        """Load a Hugging Face folder of StarCoder's family, or of one in extras/, in `dtype`.
 
-        Each tensor is read into place in `dtype`, so memory peaks near one copy of the model.
         Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
         """
-        config = read_config(folder)
-        shapes = {name: (file, tensor.shape) for file, name, tensor in stored_tensors(folder)}
-        if config.n_layer > len(shapes):   # before as many layers are made
-            raise BadInput(f"{folder}/config.json: n_layer is {config.n_layer}, but the weight "
-                           f"files hold {len(shapes)} tensors")
-        with torch.device("meta"):
-            model = model_from_config(config)
-        model.check_shapes(shapes, folder)
-        model = model.to(dtype).to_empty(device=device)
-        parameters, samples, output = model.base_parameters(), {}, None
-        for file, name, tensor in stored_tensors(folder):
-            if name in parameters:
-                parameters[name].data.copy_(tensor)
-                check_weights(name, tensor, file, parameters[name])
-                samples[name] = sample(tensor)
-            elif name.endswith("lm_head.weight"):
-                output = tensor.to(device, dtype)
-        if output is not None and not torch.equal(output, model.wte.weight):
-            raise BadInput(f"{folder}: lm_head.weight differs from the embedding, to which "
-                           "config.json ties it (tie_word_embeddings); its values would be lost")
-        model.fingerprint = fingerprint(samples)
-        return model
-
-    def check_shapes(self, shapes, folder):
-        """BadInput unless {name: (file, shape)} of a folder's tensors are the parameters of this
-        model."""
-        parameters = self.base_parameters()
-        for name, (file, shape) in shapes.items():
-            if name not in parameters and not name.endswith(self.IGNORED):
-                raise BadInput(f"{file}: unexpected tensor {name}; the model of "
-                               f"{folder}/config.json has no such parameter")
-            if name in parameters and parameters[name].shape != shape:
-                raise BadInput(f"{file}: {name} has shape {list(shape)}, but config.json "
-                               f"needs {list(parameters[name].shape)}")
-        missing = sorted(parameters.keys() - shapes.keys())
-        if missing:
-            raise BadInput(f"{folder}: tensor {missing[0]} is missing from the weight files"
-                           + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+        return folders.load(folder, read_config(folder), model_from_config, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and model.safetensors that Hugging Face transformers opens.
@@ -387,65 +311,17 @@ class GPT(nn.Module):
         dtype: the stored one (None keeps the model's). Adapters are not written: merge one first,
         or use flora.save_adapter.
         """
-        os.makedirs(folder, exist_ok=True)
-        tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
-                   for name, p in self.base_parameters().items()}
-        save_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
-        config = self.config_json(dtype or self.wte.weight.dtype)
-        write_json(os.path.join(folder, "config.json"), config)
+        folders.save(self, folder, dtype)
 
-    @classmethod
-    def parse_config(cls, values, file):
-        """The object of a config.json -> CONFIG; BadInput names the key that is not supported."""
-        for key, supported in cls.SUPPORTED.items():
-            check_supported(file, key, values.get(key, supported[0]), supported)
-        kinds = {field.name: field.type for field in fields(cls.CONFIG)}
-        keys = {name: cls.KEYS.get(name, name) for name in kinds}
-        found = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
-        for name, value in found.items():
-            if name not in cls.SIZES and kinds[name] in (int, float, str, bool):
-                check(value, kinds[name], file, keys[name])
-        found = cls.complete_config(found, values, file)
-        for name in cls.SIZES:
-            if not is_a(found.get(name), int) or not 1 <= found[name] <= LARGEST:
-                raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
-                               "but must be a positive whole number")
-        ends = read_ends(values, file)
-        if ends:
-            found["eos_token_id"] = ends if isinstance(values["eos_token_id"], list) else ends[0]
-        config = cls.CONFIG(**found)
-        if config.layer_norm_epsilon < 0:
-            raise BadInput(f"{file}: {keys['layer_norm_epsilon']} is {config.layer_norm_epsilon}, "
-                           "but must not be negative")
-        return config
 
-    @classmethod
-    def complete_config(cls, found, values, file):
-        """The fields `found` in a config.json with those that follow from others."""
-        if "n_inner" not in found and isinstance(found.get("n_embd"), int):
-            found["n_inner"] = 4 * found["n_embd"]
-        return found
-
-    def config_json(self, dtype):
-        """config.json's object, for transformers 4 and 5 and for parse_config."""
-        defaults = {key: supported[0] for key, supported in self.SUPPORTED.items()}
-        sizes = {self.KEYS.get(name, name): value for name, value in asdict(self.config).items()}
-        return (dict(model_type=self.config.model_type) | defaults | sizes | self.ARCHITECTURE
-                | dict(torch_dtype=str(dtype).removeprefix("torch.")))
+# ------------------------------------------------------------------------- families, by their names
 
 
 def model_class(model_type):
     """The model of a config.json's model_type: GPT, or the MODEL of extras/MODEL_TYPE.py."""
-    if model_type == GPT.CONFIG.model_type:
-        return GPT
-    unknown = BadInput(f"model_type is {model_type!r}, but only 'gpt_bigcode' or a family that "
-                       f"extras/ holds is supported (there is no extras/{model_type}.py for it)")
-    if not (isinstance(model_type, str) and model_type.isidentifier()):
-        raise unknown
-    try:
-        return extra(model_type, model_type).MODEL
-    except (BadInput, AttributeError):
-        raise unknown from None
+    return find(model_type, {"gpt_bigcode": GPT}, "MODEL",
+                f"model_type is {model_type!r}, but only 'gpt_bigcode' or a family that extras/ "
+                f"holds is supported (there is no extras/{model_type}.py for it)")
 
 
 def model_from_config(config):
@@ -455,26 +331,16 @@ def model_from_config(config):
 
 def read_config(folder):
     """The config of a Hugging Face folder; BadInput names the key that is not supported."""
-    if not os.path.isdir(folder):
-        raise BadInput(f"{folder}: no such model folder")
-    file = os.path.join(folder, "config.json")
-    values = read_json(file)
-    try:
-        family = model_class(values.get("model_type"))
-    except BadInput as e:
-        raise BadInput(f"{file}: {e}") from None
-    return family.parse_config(values, file)
+    return folders.read_config(folder, model_class)
 
 
-# -------------------------------------------------------------------------------------- tokenizers
-
-
-# ------------------------------------------------------------------------- what every script shares
-
-
-# Outputs: found out before the work, written after it, by one process at a time
-
-
-# Identity is content, not a name
-
-
+def preset(name):
+    """The GPTConfig of a published size: of PRESETS, or of another family's in extras/."""
+    sentence = (f"--model {name}: unknown; use one of {', '.join(PRESETS)}, "
+                "or one of extras/llama.py's")
+    known = PRESETS
+    if name not in known:
+        known = find(name.split("-")[0], {}, "PRESETS", sentence)
+    if name not in known:
+        raise BadInput(sentence)
+    return known[name]

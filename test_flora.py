@@ -179,7 +179,8 @@ def test_flora_equals_dense_W0_times_BA_over_r_forward_and_backward(rank, path, 
     x = torch.randn(3, 7, 24, device=device, requires_grad=True)
     leaves = [x, adapter.A, adapter.B]
     dense = x @ (layer.weight.T * (adapter.B @ adapter.A / rank)) + layer.bias
-    y = layer(x, torch.ones(3, dtype=torch.int64, device=device), path=path)
+    layer.path = path
+    y = layer(x, flora.gather(layer, torch.ones(3, dtype=torch.int64, device=device)))
     assert (y - dense).abs().max() < 1e-5
     for got, want in zip(torch.autograd.grad(y.sin().sum(), leaves),
                          torch.autograd.grad(dense.sin().sum(), leaves)):
@@ -190,11 +191,11 @@ def test_flora_equals_dense_W0_times_BA_over_r_forward_and_backward(rank, path, 
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_lora_equals_dense_W0_plus_BA_scaled_forward_and_backward(rank, ids_shape):
     layer, adapter = layer_with("lora", rank)
-    x = torch.randn(3, 7, 24, requires_grad=True)
+    x = (0.3 * torch.randn(3, 7, 24)).requires_grad_()   # so that y stays near 10
     leaves = [x, adapter.A, adapter.B]
     dense = x @ (layer.weight.T + adapter.alpha / rank * adapter.B @ adapter.A) + layer.bias
     ids = torch.ones(3, 7, dtype=torch.int64)
-    y = layer(x, ids[:, 0] if ids_shape == "example" else ids)
+    y = layer(x, flora.gather(layer, ids[:, 0] if ids_shape == "example" else ids))
     assert (y - dense).abs().max() < 1e-5
     for got, want in zip(torch.autograd.grad(y.sin().sum(), leaves),
                          torch.autograd.grad(dense.sin().sum(), leaves)):
@@ -205,20 +206,21 @@ def test_ia3_scales_outputs_with_their_bias_or_the_inputs_of_mlp_c_proj():
     x, ids = torch.randn(3, 7, 24), torch.ones(3, dtype=torch.int64)
     layer, adapter = layer_with("ia3", 1)
     base = layer(x)
-    assert torch.allclose(layer(x, ids), adapter.l * base, atol=1e-6)
+    assert torch.allclose(layer(x, flora.gather(layer, ids)), adapter.l * base, atol=1e-6)
     layer, adapter = layer_with("ia3", 1, (24, 30))  # columns [query 24 | key 6 | value 6]
     base = layer(x)
     expected = torch.cat([base[..., :24], adapter.l * base[..., 24:30], base[..., 30:]], dim=-1)
-    assert torch.allclose(layer(x, ids), expected, atol=1e-6)
+    assert torch.allclose(layer(x, flora.gather(layer, ids)), expected, atol=1e-6)
     layer, adapter = layer_with("ia3", 1, scales_input=True)
-    assert torch.allclose(layer(x, ids), layer(x * adapter.l), atol=1e-6)
+    y = layer(x, flora.gather(layer, ids))
+    assert torch.allclose(y, layer(x * adapter.l), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["flora", "lora"])
 def test_query_and_key_adapters_leave_the_value_columns_alone(kind):
     layer, adapter = layer_with(kind, 2, (0, 30))
     x = torch.randn(3, 7, 24)
-    y, base = layer(x, torch.ones(3, dtype=torch.int64)), layer(x)
+    y, base = layer(x, flora.gather(layer, torch.ones(3, dtype=torch.int64))), layer(x)
     assert torch.allclose(y[..., 30:], base[..., 30:], atol=1e-6)
     assert ((y - base)[..., :30].abs().amax(dim=(0, 1)) > 1e-3).all()
 
@@ -231,9 +233,10 @@ def test_per_token_ids_give_each_chunk_its_own_adapter(path):
     layer = model.transformer.h[0].attn.c_attn
     x = torch.randn(2, 9, 32)
     ids = torch.tensor([[1, 1, 1, 0, 0, 3, 3, 4, 5], [2, 2, 6, 6, 6, 7, 7, 0, 1]])
-    y = layer(x, ids, path=path)
+    layer.path = path
+    y = layer(x, flora.gather(layer, ids))
     for i in ids.unique():
-        alone = layer(x, torch.full((2,), i), path=path)
+        alone = layer(x, flora.gather(layer, torch.full((2,), i)))
         assert torch.allclose(y[ids == i], alone[ids == i], atol=1e-5)
 
 
@@ -282,7 +285,8 @@ def test_rank_components_train_apart():
     wanted = (x @ (layer.weight.T * target) + layer.bias).detach()
     optimizer = torch.optim.Adam(layer.adapters.parameters(), lr=0.05)
     for _ in range(300):
-        loss = F.mse_loss(layer(x, torch.ones(64, dtype=torch.int64)), wanted)
+        adapters = flora.gather(layer, torch.ones(64, dtype=torch.int64))
+        loss = F.mse_loss(layer(x, adapters), wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -301,8 +305,9 @@ def test_flora_path_is_chosen_from_rank_and_tokens_per_adapter():
     assert choice(4, 8, 16, [1, 1, 1, 1]) == "materialise"             # ... and with one adapter
     assert choice(4, 8, 16, [1, 1, 1, 1], torch.bfloat16) == "expand"  # whose matmul is cheaper
     layer, _ = layer_with("flora", 4)
+    layer.path = "fast"
     with pytest.raises(BadInput, match='path is .fast.; use "auto", "expand" or "materialise"'):
-        layer(torch.randn(1, 2, 24), torch.tensor([1]), path="fast")
+        layer(torch.randn(1, 2, 24), flora.gather(layer, torch.tensor([1])))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -322,13 +327,17 @@ def test_half_precision_base_costs_an_adapter_no_more_than_it_costs_the_base(dty
     ids = torch.ones(4, dtype=torch.int64)
     exact = x.double() @ (W0 * (adapter.B.double() @ adapter.A.double() / 4)) + bias
     base_error = (layer(x).double() - (x.double() @ W0 + bias)).pow(2).mean().sqrt()
-    error = (layer(x, ids, path=path).double() - exact).pow(2).mean().sqrt()
+    layer.path = path
+    error = (layer(x, flora.gather(layer, ids)).double() - exact).pow(2).mean().sqrt()
     assert adapter.A.dtype == torch.float32 and error < 3 * base_error
 
 
-def test_ids_that_no_adapter_has_are_refused():
+@pytest.mark.parametrize("path", ["expand", "materialise"])
+def test_ids_that_no_adapter_has_are_refused(path):
     model = tiny_model()
     random_adapter(model, "flora")
+    for _, layer in flora.adapter_layers(model):
+        layer.path = path
     for bad in (2, -1):
         with pytest.raises(IndexError):
             model(torch.zeros(1, 3, dtype=torch.int64), torch.tensor([bad]))
@@ -357,13 +366,13 @@ def test_merging_gives_the_adapted_model(family, adapter):
         flora.adapter_parameters(model, 1)
 
 
-@pytest.mark.parametrize("path", ["per_row", "per_token"])
+@pytest.mark.parametrize("lora", [flora.lora_addend, bench.lora_per_token])
 @pytest.mark.parametrize("T", [1, 7])
-def test_lora_paths_equal_the_dense_definition(path, T):
+def test_lora_paths_equal_the_dense_definition(lora, T):
     """y_i = x_i (W0 + (alpha / r) B_i A_i): mixed ranks and the base, with and without gather."""
     torch.manual_seed(0)
     layer = flora.AdapterLinear(16, 24)
-    layer.num_adapters, layer.lora = 3, getattr(flora, f"lora_{path}")
+    layer.num_adapters, layer.lora = 3, lora
     for i, rank in [(1, 1), (3, 4)]:
         layer.adapters[str(i)] = flora.LoRA(rank, "c_fc", 16, 24)
         torch.nn.init.normal_(layer.adapters[str(i)].A)
@@ -377,9 +386,9 @@ def assert_lora_equals_its_definition(layer, T):
         for i, a in layer.adapters.items():
             W[int(i)] = layer.weight.T + 8 / a.rank * a.B @ a.A
         dense = torch.stack([x[row] @ W[i] for row, i in enumerate(ids.tolist())]) + layer.bias
-        torch.testing.assert_close(layer(x, ids), dense)
-        torch.testing.assert_close(layer(x, ids[:, None].expand(5, T)), dense)
-        torch.testing.assert_close(layer(x, flora.Gathered({layer: layer.rows(ids)})), dense)
+        for rows in (flora.gather(layer, ids), flora.gather(layer, ids[:, None].expand(5, T))):
+            for _ in range(2):   # rows serve several steps
+                torch.testing.assert_close(layer(x, rows), dense)
 
 
 def test_the_inflection_rank_is_where_eq_7_holds_with_equality():
@@ -390,7 +399,7 @@ def test_the_inflection_rank_is_where_eq_7_holds_with_equality():
         assert c1 * (d + k) / (c2 * d * k) + 1 / rank == pytest.approx(1)
     assert 2 * c1 / (d * c2) + 1 / rank == pytest.approx(1)
     assert flora.inflection_rank(1e-6, 1e-11, 256, 256) == float("inf")
-    assert flora.free_rank(32, 295) == pytest.approx(9.2, abs=0.05)   # batch 32 on an H100
+    assert bench.free_rank(32, 295) == pytest.approx(9.2, abs=0.05)   # batch 32 on an H100
 
 
 @pytest.mark.parametrize("kind,rank,targets,sentence", [
@@ -1058,7 +1067,7 @@ def test_bench_does_not_time_variants_that_disagree(family):
     sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5)], 2)
     bench.check_agreement(fresh, sets, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flora, "lora_per_token", lambda x, rows: 0)
+        patch.setattr(bench, "lora_per_token", lambda x, rows: 0)
         with pytest.raises(RuntimeError, match="lora rank 2: token differs from example"):
             bench.check_agreement(fresh, sets, torch.float32)
 

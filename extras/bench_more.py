@@ -103,7 +103,7 @@ def run_layer(bench, variant, tokens):
         adapters = 1 + torch.arange(slots, device=bench.device) % num_adapters
     if num_adapters and tokens == 1:   # as in decoding, where rows are gathered once
         adapters = flora.gather(bench.model, adapters)
-    forward = seconds(lambda: layer(x, adapters), bench.device, repeats=3)
+    forward = seconds(lambda: layer(x, flora.gather(layer, adapters)), bench.device, repeats=3)
     return dict(tokens_per_second=slots * tokens / forward)
 
 
@@ -116,9 +116,10 @@ def materialise_cost(model, adapters):
     install(model, adapters)
     layer, weight = benched_layer(model), model.wte.weight
     x = torch.randn(1, 256, layer.in_features, device=weight.device).to(weight.dtype)
-    ids = torch.tensor([1], device=weight.device)
+    adapters = flora.gather(model, torch.tensor([1], device=weight.device))
     plain = seconds(lambda: layer(x), weight.device)
-    made = seconds(lambda: layer(x, ids, "materialise"), weight.device)
+    layer.path = "materialise"
+    made = seconds(lambda: layer(x, adapters), weight.device)
     install(model)
     return (made - plain) / (plain / 256)
 

@@ -92,7 +92,7 @@ def both_ways(weight, dtype):
     return pack_weight(weight), pack_weight(weight.T)
 
 
-class BothWays(flora.Plain):
+class BothWays:
     """W0 packed in `dtype` for both directions, when a product first asks for some of its columns."""
 
     def __init__(self, dtype):
@@ -105,12 +105,15 @@ class BothWays(flora.Plain):
         bias = None if bias is None else bias.to(self.dtype)
         return FrozenLinear.apply(x, *self.packed[columns], bias)
 
+    def W0(self, layer):
+        return layer.weight.T
+
 
 def pack_both_ways(model, dtype):
     """Hold the frozen projections of a model that are held plainly as BothWays."""
     form = BothWays(dtype)
     for _, layer in flora.adapter_layers(model):
-        if type(layer.form) is flora.Plain and not layer.weight.requires_grad:
+        if layer.form is None and not layer.weight.requires_grad:
             layer.form = form
 
 

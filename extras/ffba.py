@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flora import Adapter, AdapterLinear, Bank, adapter_layers, select, stack_rows
-from model import activation
+from flora import Adapter, AdapterLinear, Bank, adapter_layers, select, stack
+from model import ACTIVATIONS
 from plumbing.files import BadInput
 
 PAIRS = {  # target: (the projection that takes B, the one that takes A) in StarCoder and in Llama
@@ -37,9 +37,12 @@ class FFBA(Adapter):
     """One half: B [d, r] on the first projection of a pair, or A [r, k] on the second."""
     kind = "ffba"
     learning_rate = 1e-3
+    options = ("activation",)
+    places = {target: [(place, dict(half=half)) for pair in pairs for place, half in zip(pair, "BA")]
+              for target, pairs in PAIRS.items()}
 
-    def __init__(self, rank, target, d, k, columns=None, alpha=8.0, half="B", activation=None):
-        super().__init__(rank, target, d, k, columns, alpha)
+    def __init__(self, rank, target, d, k, *args, half="B", activation=None):
+        super().__init__(rank, target, d, k, *args)
         self.half, self.activation = half, activation or "identity"
         if self.activation not in ("identity", "block"):
             raise BadInput(f'activation is {activation!r}; use "identity" or "block"')
@@ -54,33 +57,23 @@ class FFBA(Adapter):
         return self.B.T if self.half == "B" else self.A * (self.alpha / self.rank)
 
     @classmethod
-    def places(cls, model):
-        return {target: [(place, dict(half=half)) for pair in pairs for place, half in zip(pair, "BA")]
-                for target, pairs in PAIRS.items()}
-
-    @classmethod
-    def default_targets(cls, model):
-        return list(PAIRS)
-
-    @classmethod
-    def prepare(cls, model, adapters):
+    def attached(cls, model, adapters):
         """Turn the pairs that `adapters` adapt into a FirstHalf and a SecondHalf, where they are not."""
         layers, pairs = dict(adapter_layers(model)), {}
         for name, adapter in adapters.items():
             layer = layers[name]
             if type(layer) is AdapterLinear:
                 layer.__class__ = FirstHalf if adapter.half == "B" else SecondHalf
-                layer.activation = activation(model.config)
+                layer.activation = ACTIVATIONS[model.config.activation_function]
                 layer.pair = pairs.setdefault(name.rpartition(".")[0], Pair())   # by the module of both
 
-    def check_merge(self, model, name):
-        merges = model.config.model_type, self.target, self.activation
-        if merges != ("gpt_bigcode", "mlp", "block"):
-            raise BadInput(f"an ffba adapter of {name} with the activation {self.activation!r} cannot be merged, "
-                           'only one of StarCoder\'s target mlp and activation "block"; serve it unmerged')
-
     def merge(self, model, layer):
-        """Append this half to the weight for good: the MLP is then r units wider, an ordinary model."""
+        """Append this half to the weight for good: the MLP is then r units wider, an ordinary model.
+
+        What cannot be merged is found at an adapter's first layer: attention comes before the MLP."""
+        if (model.config.model_type, self.target, self.activation) != ("gpt_bigcode", "mlp", "block"):
+            raise BadInput(f"an ffba adapter of {self.target} with the activation {self.activation!r} cannot be merged, "
+                           'only one of StarCoder\'s target mlp and activation "block"; serve it unmerged')
         rows = self.rows().to(layer.weight.dtype)
         if self.half == "B":
             layer.weight.data = torch.cat([layer.weight, rows])               # [k + r, d]
@@ -119,11 +112,16 @@ class HalfBank(Bank):
 
 def own_columns(rows, part):
     """bool [b, 1 or T, n R]: True at the rows of rows.bank.`part` [n, R, m] that are a token's own."""
-    if (part, "own") not in rows.gathered:
+    if (part, "own") not in rows.kept:
         n, rank = getattr(rows.bank, part).shape[:2]
         owner = torch.eye(n, dtype=torch.bool, device=rows.ids.device).repeat_interleave(rank, 1)
-        rows.gathered[part, "own"] = select(owner, rows.ids)                              # from [n, n R]
-    return rows.gathered[part, "own"]
+        rows.kept[part, "own"] = select(owner, rows.ids)                                  # from [n, n R]
+    return rows.kept[part, "own"]
+
+
+def times(layer, x, fused):
+    """x [..., d] times a Fused -> [..., k], by the layer's form of W0 if that multiplies other weights."""
+    return getattr(layer.form, "times", F.linear)(x, fused.weight, fused.bias)
 
 
 class Half(AdapterLinear):
@@ -131,11 +129,10 @@ class Half(AdapterLinear):
 
     def bank(self, ids=None, columns=0):
         bank = HalfBank(**vars(super().bank(ids, columns)))
-        adapters = [self.adapter(i) for i in (range(self.num_adapters + 1) if ids is None else ids)]
+        adapters = self.in_rows(ids)
         halves = [a for a in adapters if a.kind == "ffba"]
         if halves:
-            nothing = halves[0].rows()[:0]
-            bank.half = stack_rows([a.rows() if a.kind == "ffba" else nothing for a in adapters])
+            bank.half = stack([a.rows() if a.kind == "ffba" else None for a in adapters], halves[0].rows()[:0])
         if halves and halves[0].half == "A":
             # All columns meet all rows in one matmul, where 0 times NaN is NaN: an adapter that
             # diverged or overflows gives its NaN to its own tokens alone, by an addition
@@ -167,15 +164,15 @@ class FirstHalf(Half):
         bias = None if self.bias is None else F.pad(self.bias, (0, len(weight) - k))
         bank.fused, bank.half = Fused(weight, bias), weight[k:].unflatten(0, bank.half.shape[:2])
 
-    def scaled(self, x, rows, path):
+    def scaled(self, x, rows):
         bank, self.pair.columns = rows.bank, None
         if bank.half is None:   # this layer's FFBA adapters have all been removed
-            return super().scaled(x, rows, path)
+            return super().scaled(x, rows)
         if bank.fused is None:
-            y = super().scaled(x, rows, path)
+            y = super().scaled(x, rows)
             columns = x @ bank.half.flatten(0, 1).T.to(x.dtype)                           # [b, T, m]
         else:
-            both = self.form.times(x, bank.fused.weight, bank.fused.bias)                 # [b, T, k + m]
+            both = times(self, x, bank.fused)                                             # [b, T, k + m]
             y, columns = both[..., :self.out_features], both[..., self.out_features:]
         if bank.block is not None:
             columns = torch.where(bank.block.flatten(), self.activation(columns), columns)
@@ -189,13 +186,13 @@ class SecondHalf(Half):
         weight = torch.cat([self.weight, bank.half.flatten(0, 1).T], dim=1)               # [k, d + m]
         bank.fused, bank.half = Fused(weight, self.bias), weight[:, d:].T.unflatten(0, bank.half.shape[:2])
 
-    def scaled(self, x, rows, path):
+    def scaled(self, x, rows):
         columns, self.pair.columns = self.pair.columns, None
         if rows.bank.half is None:
-            return super().scaled(x, rows, path)
+            return super().scaled(x, rows)
         fused = rows.bank.fused
         if fused is None:
-            y = super().scaled(x, rows, path) + columns @ rows.bank.half.flatten(0, 1).to(x.dtype)
+            y = super().scaled(x, rows) + columns @ rows.bank.half.flatten(0, 1).to(x.dtype)
         else:
-            y = self.form.times(torch.cat([x, columns], dim=-1), fused.weight, fused.bias)
+            y = times(self, torch.cat([x, columns], dim=-1), fused)
         return y + rows["spoilt"].to(y.dtype)

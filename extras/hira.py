@@ -20,12 +20,11 @@ from flora import LowRank
 class HiRA(LowRank):
     """ΔW = 1 + B A, B [d, r] and A [r, hi - lo]; 1 outside of the columns [lo, hi)."""
     kind = "hira"
-    scales = True
     learning_rate = 4.5e-3   # of PEFT's own benchmark (method comparison, Llama-3.2-3B)
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def reset_parameters(self):
         nn.init.kaiming_uniform_(self.B.T, a=5**0.5)
+        nn.init.zeros_(self.A)
 
     def scale(self, columns):
         lo, hi = self.columns

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from flora import Plain, adapter_layers
+from flora import adapter_layers
 from plumbing.files import BadInput
 
 
@@ -76,7 +76,7 @@ def made(values, dtype):
     return kept[dtype][:values.numel()].view(values.shape).copy_(values)
 
 
-class Int8(Plain):
+class Int8:
     """The form of a layer whose weight is int8 [k, d]; scale [k], in the dtype that the weight had."""
 
     def __init__(self, scale):

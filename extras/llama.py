@@ -11,15 +11,15 @@ Shapes as in model.py: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head,
 """
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from flora import AdapterLinear
-from model import GPT, Attention, GPTConfig, activation, attend, cached_attention
+from model import ACTIVATIONS, GPT, Attention, GPTConfig, attend, cached_attention
 from plumbing.files import BadInput, check, is_a
-from plumbing.folders import check_supported
+from plumbing.folders import StarCoderFolder, check_supported
 
 
 @dataclass
@@ -80,6 +80,13 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
+class LlamaAccess(NamedTuple):
+    """model.CacheAccess, and the cos and sin [B or 1, T, 1, D / 2] by which its tokens are turned."""
+    write: tuple | None
+    mask: torch.Tensor | None
+    rope: tuple
+
+
 class LlamaAttention(Attention):
     """Grouped-query attention with rotary positions."""
 
@@ -91,11 +98,11 @@ class LlamaAttention(Attention):
         self.v_proj = AdapterLinear(C, config.n_kv_head * self.head_dim, bias=False)
         self.o_proj = AdapterLinear(config.n_head * self.head_dim, C, bias=False)
 
-    def forward(self, x, adapters, kv_cache, where):
+    def forward(self, x, adapters, kv_cache, access):
         q, k, v = (project(x, adapters).unflatten(-1, (-1, self.head_dim))
                    for project in (self.q_proj, self.k_proj, self.v_proj))    # [B, T, H or K, D]
-        q, kv = rotate(q, *where.rope), torch.stack([rotate(k, *where.rope), v], dim=2)
-        return self.o_proj(cached_attention(q, kv, kv_cache, where, self.attend), adapters)
+        q, kv = rotate(q, *access.rope), torch.stack([rotate(k, *access.rope), v], dim=2)
+        return self.o_proj(cached_attention(q, kv, kv_cache, access, self.attend), adapters)
 
 
 class LlamaMLP(nn.Module):
@@ -103,7 +110,7 @@ class LlamaMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.activation = activation(config)
+        self.activation = ACTIVATIONS[config.activation_function]
         self.gate_proj = AdapterLinear(config.n_embd, config.n_inner, bias=False)
         self.up_proj = AdapterLinear(config.n_embd, config.n_inner, bias=False)
         self.down_proj = AdapterLinear(config.n_inner, config.n_embd, bias=False)
@@ -121,9 +128,40 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, adapters, kv_cache, where):
-        x = x + self.self_attn(self.input_layernorm(x), adapters, kv_cache, where)
+    def forward(self, x, adapters, kv_cache, access):
+        x = x + self.self_attn(self.input_layernorm(x), adapters, kv_cache, access)
         return x + self.mlp(self.post_attention_layernorm(x), adapters)
+
+
+class LlamaFolder(StarCoderFolder):
+    """How a folder holds a Llama."""
+    ARCHITECTURE = dict(architectures=["LlamaForCausalLM"])
+    KEYS = dict(n_positions="max_position_embeddings", n_embd="hidden_size", n_layer="num_hidden_layers",
+                n_head="num_attention_heads", n_inner="intermediate_size", layer_norm_epsilon="rms_norm_eps",
+                activation_function="hidden_act", n_kv_head="num_key_value_heads")
+    SUPPORTED = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
+                 "tie_word_embeddings": [False, True]}
+    SIZES = (*StarCoderFolder.SIZES, "n_kv_head")
+    IGNORED = ("rotary_emb.inv_freq",)   # RoPE's frequencies, which old files hold
+
+    @classmethod
+    def complete(cls, found, values, file):
+        found = dict(layer_norm_epsilon=1e-6, n_kv_head=found.get("n_head"),
+                     tie_word_embeddings=False) | found
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}   # transformers 5's, or before
+        check(rope, {}, file, "rope_scaling")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        check_supported(file, "rope_type", kind, list(ROPE_TYPES))
+        for key in ROPE_TYPES[kind]:
+            if not is_a(rope.get(key), float) or rope[key] <= 0:
+                raise BadInput(f"{file}: rope_type {kind} needs a number {key} above 0, not {rope.get(key)!r}")
+        theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+        if not is_a(theta, float) or theta <= 0:
+            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number above 0")
+        scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
+        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise BadInput(f"{file}: high_freq_factor is not above low_freq_factor")
+        return found | dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
 
 
 class Llama(GPT):
@@ -135,15 +173,9 @@ class Llama(GPT):
                        "ia3": ("k_proj", "v_proj", "down_proj")}
     SCALES_INPUT = {"down_proj"}
 
+    RESIDUAL = ("o_proj.weight", "down_proj.weight")
+    FOLDER = LlamaFolder
     CONFIG = LlamaConfig
-    ARCHITECTURE = dict(architectures=["LlamaForCausalLM"])
-    KEYS = dict(n_positions="max_position_embeddings", n_embd="hidden_size", n_layer="num_hidden_layers",
-                n_head="num_attention_heads", n_inner="intermediate_size", layer_norm_epsilon="rms_norm_eps",
-                activation_function="hidden_act", n_kv_head="num_key_value_heads")
-    SUPPORTED = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
-                 "tie_word_embeddings": [False, True]}
-    SIZES = (*GPT.SIZES, "n_kv_head")
-    IGNORED = (*GPT.IGNORED, "rotary_emb.inv_freq")   # RoPE's frequencies, which old files hold
 
     def build(self, config):
         self.model = nn.ModuleDict(dict(
@@ -175,29 +207,10 @@ class Llama(GPT):
     def embed(self, ids, positions):
         return self.wte(ids)
 
-    def where(self, x, kv_cache, positions):
+    def cache_access(self, x, kv_cache, positions):
         tokens = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
         angles = tokens[:, :, None, None] * rope_frequencies(self.config, x.device)   # [B or 1, T, 1, D / 2]
-        return super().where(x, kv_cache, positions)._replace(rope=(angles.cos(), angles.sin()))
-
-    @classmethod
-    def complete_config(cls, found, values, file):
-        found = dict(layer_norm_epsilon=1e-6, n_kv_head=found.get("n_head"),
-                     tie_word_embeddings=False) | found
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}   # transformers 5's, or before
-        check(rope, {}, file, "rope_scaling")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        check_supported(file, "rope_type", kind, list(ROPE_TYPES))
-        for key in ROPE_TYPES[kind]:
-            if not is_a(rope.get(key), float) or rope[key] <= 0:
-                raise BadInput(f"{file}: rope_type {kind} needs a number {key} above 0, not {rope.get(key)!r}")
-        theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-        if not is_a(theta, float) or theta <= 0:
-            raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number above 0")
-        scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
-        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-            raise BadInput(f"{file}: high_freq_factor is not above low_freq_factor")
-        return found | dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
+        return LlamaAccess(*super().cache_access(x, kv_cache, positions), (angles.cos(), angles.sin()))
 
 
 MODEL = Llama

@@ -11,7 +11,7 @@ torch.ops.mkldnn, are not a public interface of PyTorch.
 import torch
 import torch.nn.functional as F
 
-from flora import Plain, adapter_layers
+from flora import adapter_layers
 from model import attend
 
 
@@ -57,7 +57,7 @@ class PackedLinear:
         return times_packed(x, packed, bias)
 
 
-class Packed(Plain):
+class Packed:
     """The form of a layer whose products are PackedLinears: of its weight, and of one that is made
     from it (extras/ffba.py)."""
 
@@ -66,6 +66,9 @@ class Packed(Plain):
 
     def product(self, layer, x, lo, hi, bias):
         return self.linear(x, layer.weight, bias, lo, hi)
+
+    def W0(self, layer):
+        return layer.weight.T
 
 
 def attend_to_cache(q, k, v, mask=None):
@@ -113,5 +116,5 @@ def pack(model):
         return
     model.times_output = PackedLinear()
     for _, layer in adapter_layers(model):
-        if type(layer.form) is Plain:
+        if layer.form is None:
             layer.form = Packed()

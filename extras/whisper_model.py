@@ -25,6 +25,7 @@ from torch import nn
 from flora import AdapterLinear, gather
 from model import GPT, GPTConfig, read_config
 from plumbing.files import BadInput, existing_file, read_json
+from plumbing.folders import StarCoderFolder
 from plumbing.outputs import write_json
 from plumbing.tokenizer import Tokenizer
 
@@ -178,15 +179,8 @@ class Decoder(nn.Module):
         self.layer_norm = nn.LayerNorm(c.n_embd)
 
 
-class Whisper(GPT):
-    """Whisper, by Hugging Face's names (`model.decoder.layers.0.encoder_attn.q_proj.weight`)."""
-
-    # Self-attention, cross-attention and MLP of both halves: every fully connected layer (App. A)
-    TARGETS = {name: name for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
-    DEFAULT_TARGETS = {"flora": tuple(TARGETS)}
-    SCALES_INPUT = {"fc2"}
-
-    CONFIG = WhisperConfig
+class WhisperFolder(StarCoderFolder):
+    """How a folder holds a Whisper."""
     ARCHITECTURE = dict(architectures=["WhisperForConditionalGeneration"], dropout=0.0,
                         attention_dropout=0.0, activation_dropout=0.0)
     KEYS = dict(n_positions="max_target_positions", n_embd="d_model", n_layer="decoder_layers",
@@ -196,8 +190,21 @@ class Whisper(GPT):
                 initializer_range="init_std")
     SUPPORTED = {"activation_function": ["gelu"], "scale_embedding": [False],
                  "tie_word_embeddings": [True], "layer_norm_epsilon": [1e-5]}
-    SIZES = (*GPT.SIZES, "encoder_layers", "encoder_heads", "encoder_inner", "n_mels", "n_heard")
-    IGNORED = ("proj_out.weight",)   # a copy of the tied embedding
+    SIZES = (*StarCoderFolder.SIZES, "encoder_layers", "encoder_heads", "encoder_inner", "n_mels", "n_heard")
+    TIED = "proj_out.weight"
+
+
+class Whisper(GPT):
+    """Whisper, by Hugging Face's names (`model.decoder.layers.0.encoder_attn.q_proj.weight`)."""
+
+    # Self-attention, cross-attention and MLP of both halves: every fully connected layer (App. A)
+    TARGETS = {name: name for name in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")}
+    DEFAULT_TARGETS = {"flora": tuple(TARGETS)}
+    SCALES_INPUT = {"fc2"}
+
+    RESIDUAL = ()
+    FOLDER = WhisperFolder
+    CONFIG = WhisperConfig
 
     def build(self, config):
         self.model = nn.ModuleDict(dict(encoder=Encoder(config), decoder=Decoder(config)))
@@ -224,8 +231,9 @@ class Whisper(GPT):
         if mel.shape[1] != c.n_mels or mel.shape[2] % 2 or not 0 < mel.shape[2] <= most:
             raise BadInput(f"features have shape {list(mel.shape)}; this model hears "
                            f"[clips, {c.n_mels}, an even number of frames up to {most}]")
-        x = self.model.encoder(mel.to(self.wte.weight.dtype), adapter_ids)
-        return [block.encoder_attn.keys_and_values(x, adapter_ids) for block in self.blocks]
+        adapters = gather(self, adapter_ids)
+        x = self.model.encoder(mel.to(self.wte.weight.dtype), adapters)
+        return [block.encoder_attn.keys_and_values(x, adapters) for block in self.blocks]
 
     def hidden(self, ids, adapter_ids=None, kv_cache=None, start=0, heard=None):
         """All of the decoder but the output embedding: ids int64 [B, T] at the positions from
@@ -238,9 +246,10 @@ class Whisper(GPT):
         if end > self.config.n_positions:
             raise BadInput(f"{end} tokens are more than the {self.config.n_positions} of this "
                            "model (max_target_positions); shorten the text")
+        adapters = gather(self, adapter_ids)
         x = decoder.embed_tokens(ids) + decoder.embed_positions.weight[start:end]
         for i, block in enumerate(decoder.layers):
-            x = block(x, adapter_ids, heard[i], None if kv_cache is None else kv_cache[i], start)
+            x = block(x, adapters, heard[i], None if kv_cache is None else kv_cache[i], start)
         return decoder.layer_norm(x)
 
     def forward(self, ids, adapter_ids=None, mel=None):
@@ -248,6 +257,7 @@ class Whisper(GPT):
 
         adapter_ids: int64 [B], 0 for the base model; or flora.gather's; None is the base for all.
         """
+        adapter_ids = gather(self, adapter_ids)
         heard = None if mel is None else self.listen(mel, adapter_ids)
         return self.logits(self.hidden(ids, adapter_ids, heard=heard))
 
@@ -433,7 +443,7 @@ def write_greedily(model, writing, mel, prompts, adapter_ids=None, max_new_token
     forbidden = torch.zeros(2, model.config.vocab_size, device=mel.device)    # as the first, later
     forbidden[:, writing.never] = float("-inf")
     forbidden[0, writing.not_first] = float("-inf")
-    adapters = None if adapter_ids is None else gather(model, adapter_ids)
+    adapters = gather(model, adapter_ids)
     heard, cache = model.listen(mel, adapters), model.new_kv_cache(len(mel), most)
     ids, written, ended = prompts, [], torch.zeros(len(mel), dtype=torch.bool, device=mel.device)
     for end in range(prompt, most):

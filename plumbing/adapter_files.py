@@ -1,18 +1,60 @@
 """One adapter as a file: safetensors, with what it is as JSON in the metadata "flora_adapter".
 
-The tensors are float32, named "layer name.A" and so on. The metadata holds the kind, rank, targets
-and alpha, the fingerprint of the base model, an option of extras/ffba.py (`activation`) and a
-summary of the training.
+The tensors are float32, named by layer and parameter ("transformer.h.0.attn.c_attn.A"). The
+metadata holds the kind, rank, targets and alpha, the options of the kind, the fingerprint of the
+base model and a summary of the training.
 """
 import json
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import BadInput, check_weights, existing_file
+from plumbing.files import BadInput, check, check_weights, existing_file
+from plumbing.outputs import save_tensors
 
-ADAPTER_METADATA = {"kind": str, "rank": float, "targets": [str], "alpha": float, "base": str,
-                    "activation?": str}
+METADATA = {"kind": str, "rank": float, "targets": [str], "alpha": float, "base": str,
+            "activation?": str}
+OPTIONS = ("activation",)   # of some kind (extras/ffba.py); null where an adapter has none
+
+
+def named_parameters(adapters):
+    """{layer name: Adapter} -> {"layer name.A": Parameter, ...}"""
+    return {f"{name}.{p}": tensor for name, adapter in adapters.items()
+            for p, tensor in adapter.named_parameters()}
+
+
+def write_adapter(file, adapters, fingerprint, training=None):
+    """Write {layer name: Adapter}, of a base with this fingerprint; training: a summary."""
+    first = next(iter(adapters.values()))
+    metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
+                    **{name: getattr(first, name, None) for name in OPTIONS}, base=fingerprint,
+                    targets=list(dict.fromkeys(a.target for a in adapters.values())),
+                    training=training or {})
+    tensors = {name: p.detach().contiguous().cpu()
+               for name, p in named_parameters(adapters).items()}
+    save_tensors(tensors, file, {"flora_adapter": json.dumps(metadata)})
+
+
+def read_adapter(file, model, make_adapters):
+    """A file that write_adapter wrote -> {layer name: Adapter} for `model`, by flora.make_adapters.
+
+    Raises BadInput as flora.load_adapter says.
+    """
+    tensors, metadata = load_tensors(file)
+    if metadata is None:
+        raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
+    check(metadata, METADATA, f'{file}: "flora_adapter" metadata')
+    if metadata["base"] != model.fingerprint:
+        raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
+                       f" this model's is {model.fingerprint}); load that base with --weights")
+    options = {name: metadata[name] for name in OPTIONS if metadata.get(name) is not None}
+    try:
+        adapters = make_adapters(model, metadata["kind"], metadata["rank"], metadata["targets"],
+                                 metadata["alpha"], device="meta", **options)
+    except (BadInput, TypeError) as e:   # TypeError: an option that the kind does not have
+        raise BadInput(f"{file}: {e}") from None
+    fill(model, adapters, named_parameters, tensors, file)
+    return adapters
 
 
 def load_tensors(file):

@@ -5,11 +5,10 @@ import sys
 import torch
 
 from plumbing.files import BadInput
+from plumbing.folders import LARGEST
 from plumbing.registry import extra
 
 EMBEDDED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "base")
-
-LARGEST = 2**31 - 1   # value of any flag
 
 
 def add_common_flags(parser, dtypes):

@@ -1,19 +1,158 @@
-"""Hugging Face folders: which files hold the weights, and what stands in them."""
+"""Hugging Face folders, in and out: config.json and the files of weights.
+
+Weights are read as safetensors or pytorch_model*.bin (never unpickled beyond tensors), in one file
+or in shards, each tensor into its place, so that memory peaks near one copy of the model. What is
+missing, misshaped or not supported is refused, naming the file or key.
+"""
 import hashlib
 import os
 import pickle
 import zipfile
+from dataclasses import asdict, fields
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import BadInput, check, existing_file, is_a, read_json
+from plumbing.files import BadInput, check, check_weights, existing_file, is_a, read_json
+from plumbing.outputs import save_tensors, write_json
+
+LARGEST = 2**31 - 1   # value of any size
 
 
-def check_supported(file, key, value, supported):
-    if value not in supported:
-        raise BadInput(f"{file}: {key} is {value!r}, but only "
-                       f"{' or '.join(map(repr, supported))} is supported")
+class StarCoderFolder:
+    """How a folder holds a StarCoder. Other families subclass it."""
+    ARCHITECTURE = dict(architectures=["GPTBigCodeForCausalLM"],
+                        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    KEYS = {}                    # {field of the config: key of config.json}, where the two differ
+    SUPPORTED = {  # {key of config.json: the values that are implemented, the default first}
+        "multi_query": [True], "scale_attn_weights": [True], "tie_word_embeddings": [True],
+        "activation_function": ["gelu_pytorch_tanh", "gelu"]}
+    SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")   # above 0
+    TIED = "lm_head.weight"      # a copy of the tied embedding, which a folder may hold
+    IGNORED = ()                 # other tensors that it may hold
+
+    @classmethod
+    def parse(cls, values, file, config_class):
+        """The object of a config.json -> config_class; BadInput names the key not supported."""
+        for key, supported in cls.SUPPORTED.items():
+            check_supported(file, key, values.get(key, supported[0]), supported)
+        kinds = {field.name: field.type for field in fields(config_class)}
+        keys = {name: cls.KEYS.get(name, name) for name in kinds}
+        found = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
+        for name, value in found.items():
+            if name not in cls.SIZES and kinds[name] in (int, float, str, bool):
+                check(value, kinds[name], file, keys[name])
+        found = cls.complete(found, values, file)
+        for name in cls.SIZES:
+            if not is_a(found.get(name), int) or not 1 <= found[name] <= LARGEST:
+                raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
+                               "but must be a positive whole number")
+        ends = read_ends(values, file)
+        if ends:
+            found["eos_token_id"] = ends if isinstance(values["eos_token_id"], list) else ends[0]
+        config = config_class(**found)
+        if config.layer_norm_epsilon < 0:
+            raise BadInput(f"{file}: {keys['layer_norm_epsilon']} is {config.layer_norm_epsilon}, "
+                           "but must not be negative")
+        return config
+
+    @classmethod
+    def complete(cls, found, values, file):
+        """The fields `found` in a config.json with those that follow from others."""
+        if "n_inner" not in found and isinstance(found.get("n_embd"), int):
+            found["n_inner"] = 4 * found["n_embd"]
+        return found
+
+    @classmethod
+    def to_json(cls, config, dtype):
+        """config.json's object, for transformers 4 and 5 and for parse."""
+        defaults = {key: supported[0] for key, supported in cls.SUPPORTED.items()}
+        sizes = {cls.KEYS.get(name, name): value for name, value in asdict(config).items()}
+        return (dict(model_type=config.model_type) | defaults | sizes | cls.ARCHITECTURE
+                | dict(torch_dtype=str(dtype).removeprefix("torch.")))
+
+
+def read_config(folder, model_class):
+    """The config of a folder. model_class: from a model_type to the class of its models."""
+    if not os.path.isdir(folder):
+        raise BadInput(f"{folder}: no such model folder")
+    file = os.path.join(folder, "config.json")
+    values = read_json(file)
+    try:
+        family = model_class(values.get("model_type"))
+    except BadInput as e:
+        raise BadInput(f"{file}: {e}") from None
+    return family.FOLDER.parse(values, file, family.CONFIG)
+
+
+def load(folder, config, make_model, device, dtype):
+    """The model of a folder. make_model: from a config to a model of random weights."""
+    shapes = {name: (file, tensor.shape) for file, name, tensor in stored_tensors(folder)}
+    if config.n_layer > len(shapes):   # before as many layers are made
+        raise BadInput(f"{folder}/config.json: n_layer is {config.n_layer}, but the weight "
+                       f"files hold {len(shapes)} tensors")
+    with torch.device("meta"):
+        model = make_model(config)
+    check_shapes(model, shapes, folder)
+    model = model.to(dtype).to_empty(device=device)
+    parameters, samples, output = model.base_parameters(), {}, None
+    for file, name, tensor in stored_tensors(folder):
+        if name in parameters:
+            parameters[name].data.copy_(tensor)
+            check_weights(name, tensor, file, parameters[name])
+            samples[name] = sample(tensor)
+        elif name.endswith(model.FOLDER.TIED):
+            output = tensor.to(device, dtype)
+    if output is not None and not torch.equal(output, model.wte.weight):
+        raise BadInput(f"{folder}: {model.FOLDER.TIED} differs from the embedding, to which "
+                       "config.json ties it (tie_word_embeddings); its values would be lost")
+    model.fingerprint = digest_samples(samples)
+    return model
+
+
+def check_shapes(model, shapes, folder):
+    """BadInput unless {name: (file, shape)} of a folder's tensors are the model's parameters."""
+    parameters, ignored = model.base_parameters(), (model.FOLDER.TIED, *model.FOLDER.IGNORED)
+    for name, (file, shape) in shapes.items():
+        if name not in parameters and not name.endswith(ignored):
+            raise BadInput(f"{file}: unexpected tensor {name}; the model of "
+                           f"{folder}/config.json has no such parameter")
+        if name in parameters and parameters[name].shape != shape:
+            raise BadInput(f"{file}: {name} has shape {list(shape)}, but config.json "
+                           f"needs {list(parameters[name].shape)}")
+    missing = sorted(parameters.keys() - shapes.keys())
+    if missing:
+        raise BadInput(f"{folder}: tensor {missing[0]} is missing from the weight files"
+                       + (f", and {len(missing) - 1} more" if missing[1:] else ""))
+
+
+def save(model, folder, dtype):
+    """Write config.json and model.safetensors, in `dtype` or (None) the model's."""
+    os.makedirs(folder, exist_ok=True)
+    tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
+               for name, p in model.base_parameters().items()}
+    save_tensors(tensors, os.path.join(folder, "model.safetensors"), {"format": "pt"})
+    config = model.FOLDER.to_json(model.config, dtype or model.wte.weight.dtype)
+    write_json(os.path.join(folder, "config.json"), config)
+
+
+def fingerprint(parameters):
+    """16 hexadecimal digits for {name: tensor}, from a sample of their values."""
+    return digest_samples({name: sample(p) for name, p in parameters.items()})
+
+
+def digest_samples(samples):
+    digest = hashlib.sha256()
+    for name in sorted(samples):
+        digest.update(name.encode() + samples[name])
+    return digest.hexdigest()[:16]
+
+
+def sample(tensor):
+    """64 values spread over a tensor, as float32 bytes with its shape."""
+    flat = tensor.detach().reshape(-1)
+    picked = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()]
+    return str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes()
 
 
 def read_ends(values, file):
@@ -28,6 +167,12 @@ def read_ends(values, file):
             raise BadInput(f"{file}: eos_token_id is {i}, outside of the vocabulary of "
                            f"{vocab_size}")
     return ends
+
+
+def check_supported(file, key, value, supported):
+    if value not in supported:
+        raise BadInput(f"{file}: {key} is {value!r}, but only "
+                       f"{' or '.join(map(repr, supported))} is supported")
 
 
 def weight_files(folder):
@@ -87,17 +232,3 @@ def tensors_in(file):
             reason = "it is damaged, or holds more than tensors"
         raise BadInput(f"{file}: truncated or not a weight file ({reason}); "
                        "download it again") from e
-
-
-def sample(tensor):
-    """64 values spread over a tensor, as float32 bytes with its shape."""
-    flat = tensor.detach().reshape(-1)
-    picked = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()]
-    return str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes()
-
-
-def fingerprint(samples):
-    digest = hashlib.sha256()
-    for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
-    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What the core finds by a name in a flag or a file, without knowing extras/."""
+"""What stands in extras/ is found by its name in a flag or a file; the core knows none of it."""
 import importlib
 
 from plumbing.files import BadInput
@@ -12,3 +12,15 @@ def extra(name, what):
         if e.name not in ("extras", f"extras.{name}"):
             raise
         raise BadInput(f"{what} needs extras/{name}.py, which is not here") from None
+
+
+def find(name, known, attribute, sentence):
+    """known[name], or what extras/NAME.py calls `attribute`; otherwise BadInput with `sentence`."""
+    if not isinstance(name, str):
+        raise BadInput(sentence)
+    if name in known:
+        return known[name]
+    try:
+        return getattr(extra(name, name) if name.isidentifier() else None, attribute)
+    except (BadInput, AttributeError):
+        raise BadInput(sentence) from None
