@@ -464,7 +464,7 @@ def adapters_of(model, adapter_id):
     found = {name: layer.adapters[str(adapter_id)] for name, layer in adapter_layers(model)
              if str(adapter_id) in layer.adapters}
     if not found:
-        raise BadInput(f"the model has no adapter {adapter_id}")
+        raise BadInput(f"the model has no adapter {adapter_id}; load it first")
     return found
 
 

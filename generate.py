@@ -8,25 +8,26 @@
 Text goes to standard output as it comes (with several prompts line by line, each line numbered by
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
-import argparse
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
 import flora
 from flora import BASE
 from model import GPT
 from plumbing.files import BadInput
-from plumbing.flags import add_common_flags, check_numbers, get_device, get_dtype, run_main
+from plumbing.flags import get_device, get_dtype, run_main, set_up
+from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable, write_json
-from plumbing.prompts import (Printer, bad_setting, cut_at_stop, encode_prompts, new_text,
-                              read_prompts, stop_check)
+from plumbing.prompts import TextPrinter, check_request, encode_prompts, read_prompts, stop_check
 from plumbing.registry import extra
 from plumbing.tokenizer import Tokenizer
+
 
 # ----------------------------------------------------------------------------------------- sampling
 
@@ -67,21 +68,18 @@ class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
     prompt: list                  # token ids; empty is the config's eos_token_id
     adapter_id: int = BASE
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64      # once submitted, at most what the context leaves
     temperature: float = 0.0      # 0 is greedy
     top_k: int = 0                # 0 keeps all
     top_p: float = 1.0
     seed: int = 0                 # the same request draws the same tokens, whatever runs beside it
-    eos_id: int | list | None = None   # one or several: ends the request, which then includes it
-    stopped: object = None        # stopped(new ids) -> True ends it; asked whenever tokens are read
+    eos_id: int | list | None = None   # one or several (once submitted, a list): ends the request,
+    #                                    which then includes it
+    stopped: object = None        # stopped(new ids) -> True ends it; asked for each token
 
     ids: list = field(default_factory=list)   # the new ids so far
     state: str = "waiting"        # -> "running" -> "done"; or "failed" (see error), or "cancelled"
     error: str | None = None
-    ends: list = ()               # eos_id as a list
-    limit: int = 0                # new tokens at most: max_new_tokens, or what the context leaves
-    last_step: int = 0            # the engine's step that picks the last of them
-    offset: int = 0               # tokens in the cache = offset + the engine's steps
     arrived: float = 0.0          # time.perf_counter() at submit, at the first token, at the end
     first_token: float = 0.0
     ended: float = 0.0
@@ -96,17 +94,18 @@ class Engine:
         engine.run()                                    # or step() by step(), with more submits
 
     A step takes waiting requests into free slots, first come first served, and runs their prompts
-    (prefill); picks a token for every running request; lets those that ended go; and runs the model
-    once, one token each, for the others (decode). Running requests fill slots 0 .. n - 1 of one
-    static KV cache, and only these are computed: the last moves into the slot of one that ends.
+    (prefill); picks a token for every running request; frees the slots of those that ended; and
+    runs the model once, one token each, for the others (decode). Running requests fill slots
+    0 .. n - 1 of one static KV cache, and only these are computed: the last moves into the slot of
+    one that ends.
     In float32 a request's tokens are those that it gets alone; in half precision a near-tie may
     fall the other way. One whose logits are not finite fails, and leaves nothing in its slot.
 
     slots: how many run at once. length: tokens a slot holds, prompt and new (default: the context).
     max_batched_tokens: of one step, padding included; a longer prompt waits until it runs alone.
     continuous=False: static batching, which admits only when all slots are empty.
-    sync_every: steps between reads of the tokens by the host, which a GPU has to wait for; an end
-    of text is noticed, and what follows it dropped, only then. Default 1, on CUDA 8.
+    sync_every: steps between reads of the tokens by the host, which a GPU has to wait for; only
+    then is an end of text noticed, and what follows it dropped. Default 1, on CUDA 8.
     """
 
     def __init__(self, model, slots=8, length=None, max_batched_tokens=8192, continuous=True,
@@ -118,9 +117,8 @@ class Engine:
         self.device = device = model.wte.weight.device
         self.sync_every = sync_every or (8 if device.type == "cuda" else 1)
         self.waiting, self.running = deque(), []
-        self.events = []                      # (request, new ids) that step() has yet to report
+        self.events = {}                      # {request: its new ids} that step() has yet to report
         self.unread = []                      # tokens [n] of each step since the last sync
-        self.steps = 0
         self.logits = None                    # [n, vocab] of the token that comes next
         self.kv_cache = self.new_kv_cache()   # [n_layer, 2, slots, K, S, D]
         self.written = 0                      # of S, at most, by any request so far
@@ -154,13 +152,14 @@ class Engine:
         any other that has ended.
         """
         request = Request(list(prompt) or as_list(self.model.config.eos_token_id)[:1], **settings)
-        request.arrived, request.ends = time.perf_counter(), as_list(request.eos_id)
-        room = max(1, self.length - len(request.prompt))   # one token follows a full context too
-        request.limit = min(request.max_new_tokens, room)
-        request.error = self.refusal(request)
-        if request.error:
-            self.end(request, "failed")
+        request.arrived, request.eos_id = time.perf_counter(), as_list(request.eos_id)
+        try:
+            self.check(request)
+        except BadInput as e:
+            self.fail(request, str(e))
         else:
+            room = max(1, self.length - len(request.prompt))   # a token follows a full context too
+            request.max_new_tokens = min(request.max_new_tokens, room)
             self.waiting.append(request)
         return request
 
@@ -178,39 +177,38 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """One step, as above -> [(request, its new ids)]: a request is in it whenever tokens of it
-        were read, and once more or for the last time when its state is no longer "running"."""
+        """One step, as above -> [(request, its new ids)]: a request is in it when tokens of it were
+        read, and for the last time when it has ended (its state is no longer "running")."""
         self.admit()
         if self.running:
             tokens = self.pick()                                              # [n]
             self.table["token"][:len(tokens)] = tokens.clamp(min=0)
             self.unread.append(tokens)
-            self.steps += 1
-            if self.steps == self.next_end or len(self.unread) == self.sync_every:
+            full = any(self.picked(r) == r.max_new_tokens for r in self.running)
+            if full or len(self.unread) == self.sync_every:
                 self.sync()
             if self.running:
                 self.decode()
-        events, self.events = self.events, []
-        return events
+        events, self.events = self.events, {}
+        return list(events.items())
 
     # the parts of a step
 
-    def refusal(self, request):
-        """Why a request cannot run, in one sentence, or None."""
-        r, config = request, self.model.config
-        if len(r.prompt) > self.length:
-            room = f"the {self.length} of a slot (length)"
-            if self.length == config.n_positions:
-                room = f"the model's context of {self.length} (n_positions)"
-            return (f"a prompt has {len(r.prompt)} tokens, more than {room}; shorten it, "
-                    "or use --truncate")
-        if min(r.prompt) < 0 or max(r.prompt) >= config.vocab_size:
-            return (f"a prompt has token ids outside 0 to {config.vocab_size - 1}; "
-                    "encode it with this model's tokenizer")
-        layers = [layer for _, layer in flora.adapter_layers(self.model)]
-        if r.adapter_id != BASE and not any(str(r.adapter_id) in x.adapters for x in layers):
-            return f"the model has no adapter {r.adapter_id}; load it first"
-        return bad_setting(r.max_new_tokens, r.temperature, r.top_k, r.top_p, r.seed)
+    def check(self, request):
+        """BadInput, in one sentence, for a request that cannot run."""
+        if request.error:   # found before
+            raise BadInput(request.error)
+        check_request(request, self.length, self.model.config)
+        if request.adapter_id != BASE:
+            flora.adapters_of(self.model, request.adapter_id)
+
+    def picked(self, request):
+        """How many tokens were picked for a running request, read or not."""
+        return len(request.ids) + len(self.unread)
+
+    def cached(self):
+        """How many tokens of the longest running request the next decoding step looks at."""
+        return max(len(r.prompt) + self.picked(r) for r in self.running)
 
     def admit(self):
         """Take waiting requests into free slots, within the budget, and prefill them."""
@@ -243,8 +241,8 @@ class Engine:
             T, generator = len(r.prompt), torch.Generator().manual_seed(r.seed)
             ids[i, :T] = torch.tensor(r.prompt)
             if r.temperature:   # all the randomness that it will use
-                u[i, T:T + r.limit] = torch.rand(r.limit, generator=generator)
-            r.state, r.last_step, r.offset = "running", self.steps + r.limit, T - self.steps
+                u[i, T:T + r.max_new_tokens] = torch.rand(r.max_new_tokens, generator=generator)
+            r.state = "running"
         columns = {name: [getattr(r, name) for r in requests]
                    for name in ("adapter_id", "temperature", "top_k", "top_p")}
         columns |= dict(position=[len(r.prompt) for r in requests], u=u)
@@ -268,8 +266,6 @@ class Engine:
 
     def recompose(self):
         """What a change of the batch changes for all the steps until the next."""
-        self.next_end = min((r.last_step for r in self.running), default=0)
-        self.offset = max((r.offset for r in self.running), default=0)
         self.sampling = any(r.temperature for r in self.running)
         self.adapters = self.batch_adapters()
 
@@ -284,19 +280,16 @@ class Engine:
         not finite."""
         best, token = self.logits.max(-1)      # max is NaN in a row that has one
         if self.sampling:
-            token = self.sample()
+            u, position, temperature, top_k, top_p = (
+                self.table[name][:len(self.running)]
+                for name in ("u", "position", "temperature", "top_k", "top_p"))
+            u = u.gather(1, position[:, None])[:, 0]                          # [n]
+            token = sample(self.logits, temperature, top_k, top_p, u)
         return torch.where(best.isfinite(), token, NOT_FINITE)
-
-    def sample(self):
-        u, position, temperature, top_k, top_p = (
-            self.table[name][:len(self.running)]
-            for name in ("u", "position", "temperature", "top_k", "top_p"))
-        u = u.gather(1, position[:, None])[:, 0]                              # [n]
-        return sample(self.logits, temperature, top_k, top_p, u)
 
     def decode(self):
         """Run the model on the last token of every running request -> self.logits [n, vocab]."""
-        n, length = len(self.running), self.offset + self.steps
+        n, length = len(self.running), self.cached()
         self.written = max(self.written, length)
         token, position = self.table["token"][:n, None], self.table["position"][:n, None]
         kv_cache = self.kv_cache[:, :, :n, :, :length]
@@ -304,7 +297,7 @@ class Engine:
         self.table["position"][:n] += 1
 
     def sync(self):
-        """Read the tokens of the steps since the last sync; let the requests that ended go."""
+        """Read the tokens of the steps since the last sync; free the slots of requests that ended."""
         tokens, self.unread = torch.stack(self.unread, 1).tolist(), []        # n lists
         now = time.perf_counter()
         for request, ids in zip(self.running, tokens):
@@ -316,33 +309,37 @@ class Engine:
         if ended:
             self.recompose()
 
-    def receive(self, request, ids, now):
-        """Give a request its new ids; end it after an eos_id, at its limit or where it says so."""
-        last = [i for i, token in enumerate(ids) if token in request.ends][:1]
-        ids = ids[:last[0] + 1] if last else ids
-        if NOT_FINITE in ids:
-            ids = ids[:ids.index(NOT_FINITE)]
-            request.error = ("its logits are not finite: its adapter or its prompt's values "
-                             "diverged, or overflow this dtype; use --dtype float32 or another "
-                             "adapter")
+    def receive(self, request, tokens, now):
+        """Give a request its new tokens, up to the one that ends it."""
         request.first_token = request.first_token or now
-        request.ids += ids
-        ended = len(request.ids) == request.limit or bool(last)
-        if request.stopped is not None and not ended and not request.error:
-            try:
-                ended = request.stopped(request.ids)
-            except Exception as e:  # the caller's code; its failure is this request's alone
-                request.error = f"stopped() raised {e!r}"
-        if request.error:
-            self.end(request, "failed", ids)
-        elif ended:
-            self.end(request, "done", ids)
-        else:
-            self.events.append((request, ids))
+        fresh = self.events.setdefault(request, [])
+        for token in tokens:
+            if token == NOT_FINITE:
+                return self.fail(request, "its logits are not finite: its adapter or its prompt's "
+                                 "values diverged, or overflow this dtype; use --dtype float32 or "
+                                 "another adapter")
+            request.ids.append(token)
+            fresh.append(token)
+            full = len(request.ids) == request.max_new_tokens
+            if full or token in request.eos_id or self.is_stopped(request):
+                return self.end(request, "failed" if request.error else "done")
 
-    def end(self, request, state, ids=()):
+    def is_stopped(self, request):
+        """Whether the caller ends a request. The caller's code may fail: for this request alone."""
+        try:
+            return request.stopped is not None and request.stopped(request.ids)
+        except Exception as e:
+            request.error = f"stopped() raised {e!r}"
+            return True
+
+    def fail(self, request, error):
+        """End a request with the reason why."""
+        request.error = error
+        self.end(request, "failed")
+
+    def end(self, request, state):
         request.state, request.ended = state, time.perf_counter()
-        self.events.append((request, list(ids)))
+        self.events.setdefault(request, [])
 
     def leave(self, i):
         """Free slot i, moving the last running request into it."""
@@ -361,8 +358,7 @@ def new_engine(model, slots=8, compile=False, **settings):
     compile: decode with torch.compile. CUDA without extras/ has the plain one.
     """
     if compile:
-        graphs = extra("graphs", "--compile")
-        return graphs.GraphEngine(model, slots, compile=True, **settings)
+        return extra("graphs", "--compile").GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":
         try:
             return extra("graphs", "a CUDA graph").GraphEngine(model, slots, **settings)
@@ -371,53 +367,42 @@ def new_engine(model, slots=8, compile=False, **settings):
     return Engine(model, slots, **settings)
 
 
-def generate_steps(model, prompts, adapter_ids=None, max_new_tokens=64, temperature=0.0, top_k=0,
-                   top_p=1.0, seed=0, eos_id=None, stopped=None, failed=None):
-    """Generate from prompts, lists of ids of any lengths, as one batch; yield each step's tokens.
-
-    adapter_ids: one per prompt, 0 (flora.BASE) for the base model; None is the base for all.
-    A row ends at max_new_tokens, at the end of the context, after eos_id (which it includes), or
-    when stopped(row, its new ids) says so. Yields {row: id}, without the rows that have ended.
-    Raises BadInput for a prompt longer than the context, and at the end for a row that failed; or,
-    with a dict `failed`, notes {row: why} there, and leaves out the rows that stand in it already.
-    """
-    refused = {} if failed is None else failed
-    length = max(map(len, prompts)) + max_new_tokens
-    engine = new_engine(model, len(prompts), length=length, sync_every=1)
-    if adapter_ids is None:
-        adapter_ids = [BASE] * len(prompts)
-    rows = {}
-    for row, (prompt, adapter_id) in enumerate(zip(prompts, adapter_ids)):
-        if row in refused:
-            continue
-        request = engine.submit(
-            prompt, adapter_id=adapter_id, max_new_tokens=max_new_tokens, temperature=temperature,
-            top_k=top_k, top_p=top_p, seed=seed + row, eos_id=eos_id,
-            stopped=stopped and partial(stopped, row))
-        if request.error and failed is None:
-            raise BadInput(request.error)
-        rows[request] = row
-    while engine.busy:
-        fresh = {rows[request]: ids[0] for request, ids in engine.step() if ids}
-        if fresh:
-            yield fresh
-    refused |= {row: request.error for request, row in rows.items() if request.error}
-    if refused and failed is None:
-        raise BadInput(tell(refused))
+def row_seed(seed, row):
+    """The seed of one row of a run: rows, and runs of other seeds, share no random numbers."""
+    return int(np.random.SeedSequence([seed, row]).generate_state(1, np.uint64)[0] >> 2)
 
 
-def tell(failed):
-    """{row: why} -> one sentence."""
-    return "; ".join(f"prompt {row + 1}: {failed[row]}" for row in sorted(failed))
+def submit_batch(model, rows, max_new_tokens=64, seed=0, **settings):
+    """An Engine that runs all `rows` at once, and their Requests.
+
+    rows: a dict of Request's fields for each (prompt, adapter_id). settings: those of all."""
+    length = max(len(row["prompt"]) for row in rows) + max_new_tokens
+    engine = new_engine(model, len(rows), length=length, sync_every=1)
+    return engine, [engine.submit(**row, max_new_tokens=max_new_tokens, seed=row_seed(seed, i),
+                                  **settings) for i, row in enumerate(rows)]
 
 
 def generate(model, prompts, adapter_ids=None, **settings):
-    """generate_steps to the end -> a list of new ids per prompt."""
-    new = [[] for _ in prompts]
-    for fresh in generate_steps(model, prompts, adapter_ids, **settings):
-        for row, token in fresh.items():
-            new[row].append(token)
-    return new
+    """Generate from prompts, lists of ids of any lengths, as one batch -> a list of new ids each.
+
+    adapter_ids: one per prompt, 0 (flora.BASE) for the base model; None is the base for all.
+    settings: other fields of Request, the same for all, but that each row draws a seed of its own.
+    Raises BadInput for a row that cannot be run.
+    """
+    adapter_ids = [BASE] * len(prompts) if adapter_ids is None else adapter_ids
+    rows = [dict(prompt=prompt, adapter_id=i) for prompt, i in zip(prompts, adapter_ids)]
+    engine, requests = submit_batch(model, rows, **settings)
+    refuse_failed(requests)
+    engine.run()
+    refuse_failed(requests)
+    return [request.ids for request in requests]
+
+
+def refuse_failed(requests):
+    """BadInput that tells why rows failed, if any did."""
+    failed = [f"prompt {row}: {r.error}" for row, r in enumerate(requests, 1) if r.error]
+    if failed:
+        raise BadInput("; ".join(failed))
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -428,10 +413,7 @@ def load_model(args):
     tokenizer = Tokenizer(args.weights)
     device, dtype = get_device(args.device), get_dtype(args)
     model = GPT.from_pretrained(args.weights, device, dtype)
-    model.set_attention(args.attention == "flash")
-    if args.quantize:
-        int8 = extra("int8", f"--quantize {args.quantize}")
-        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
+    set_up(model, args)
     return model, tokenizer
 
 
@@ -445,103 +427,47 @@ def load_adapters(model, names):
     return loaded
 
 
-def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed):
-    """Print the texts as they come -> the new ids and the new text of each prompt. What fails is
-    noted in {row: why} `failed`, and a prompt that stands there is left out."""
-    new, texts, printer = [[] for _ in prompts], [""] * len(prompts), Printer(prompts)
-    held_back = max(map(len, args.stop), default=1) - 1   # characters that may begin a stop
-    found = stop_check(tokenizer, args.stop)
-    for fresh in generate_steps(
-            model, ids, adapter_ids, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-            args.seed, tokenizer.eos_ids, found and (lambda row, row_ids: found(row_ids)), failed):
-        for row, token in fresh.items():
-            new[row].append(token)
-            texts[row] = new_text(tokenizer, new[row])
-            certain = texts[row].rstrip("\ufffd")   # without a character that has not come in full
-            printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
-    for row, text in enumerate(texts):
-        texts[row] = cut_at_stop(text, args.stop)
-        if row not in failed or new[row]:
-            printer.show(row, texts[row], end=True)
-    return new, texts
+def submit_prompts(args, model, tokenizer, prompts, names):
+    """The Engine and the Requests of the flags' prompts; one that cannot be run has its error."""
+    loaded = load_adapters(model, names)
+    rows = encode_prompts(args, tokenizer, prompts, model.config.n_positions)
+    rows = [row | dict(adapter_id=loaded[name]) for row, name in zip(rows, names)]
+    return submit_batch(model, rows, args.max_new_tokens, args.seed, temperature=args.temperature,
+                        top_k=args.top_k, top_p=args.top_p, eos_id=tokenizer.eos_ids,
+                        stopped=stop_check(tokenizer, args.stop))
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--prompt", action="append", default=[], help="give it again for more rows")
-    add("--prompt-file", action="append", default=[], metavar="FILE",
-        help="a prompt from a file, - for standard input")
-    add("--suffix", action="append",
-        help="fill in the middle between prompt and this; one for all or one each")
-    add("--adapter", action="append", default=[], metavar="FILE",
-        help="a file, or a folder of PEFT; one for all prompts or one each; none is the base model")
-    add("--max-new-tokens", type=int, default=64)
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-k", type=int, default=0, help="0 keeps all")
-    add("--top-p", type=float, default=1.0)
-    add("--stop", action="append", default=[], metavar="TEXT",
-        help="end a row before this text; may be repeated")
-    add("--truncate", action="store_true",
-        help="drop the start of prompts that do not fit the context")
-    add("--requests", metavar="FILE", help="JSONL of requests; with --results")
-    add("--results", metavar="FILE", help="JSONL to write, or to complete")
-    add("--slots", type=int, help="requests that run at once (default: 8 on a CPU, otherwise 64)")
-    add("--max-batched-tokens", type=int, default=8192, help="of one step, padding included")
-    add("--static-batching", action="store_true",
-        help="admit requests only when all slots are empty")
-    add("--compile", action="store_true", help="decode --requests with torch.compile")
-    add("--attention", choices=["flash", "math"], default="flash")
-    add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
-    args = parser.parse_args(argv)
-    check_args(parser, args)
-    return args
-
-
-def check_args(parser, args):
-    check_numbers(args, at_least_1=["max_new_tokens", "slots", "max_batched_tokens"],
-                  at_least_0=["seed"])
-    if bool(args.requests) != bool(args.results):
-        parser.error("--requests and --results go together")
-    given = args.prompt or args.prompt_file or args.suffix or len(args.adapter) > 1
-    if args.requests and given:
-        parser.error("--requests brings prompts and adapters itself; give no --prompt, "
-                     "--prompt-file or --suffix, and at most one --adapter, the default")
-    if not (args.temperature >= 0 and args.top_k >= 0 and 0 < args.top_p <= 1):
-        parser.error("--temperature and --top-k must be at least 0, --top-p in (0, 1]")
-    bad = bad_setting(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    if bad:
-        parser.error(f"--{bad}")
-    if "" in args.stop:
-        parser.error("--stop is empty, so that nothing would be left; give a text or leave it out")
+def run_and_print(engine, requests, tokenizer, prompts, stops):
+    """Run the requests, and print their texts as they come -> the text of each."""
+    printer = TextPrinter(tokenizer, prompts, stops)
+    rows = {request: row for row, request in enumerate(requests)}
+    while engine.busy:
+        for request, _ in engine.step():
+            printer.show(rows[request], request.ids)
+    return [printer.end(row, request) for row, request in enumerate(requests)]
 
 
 def main():
-    args = parse_args()
+    args = parse_args(description=__doc__)
     if args.requests:
         return extra("requests", "--requests").serve(args)
     check_writable(args.json, "--json", JSON)
     prompts, names = read_prompts(args)
     model, tokenizer = load_model(args)
-    loaded = load_adapters(model, names)
-    adapter_ids = [loaded[name] for name in names]
-    failed = {}
-    ids = encode_prompts(args, tokenizer, prompts, model.config.n_positions, failed)
-    if len(failed) == len(prompts):
-        raise BadInput(tell(failed))
+    engine, requests = submit_prompts(args, model, tokenizer, prompts, names)
+    if all(request.error for request in requests):
+        refuse_failed(requests)
 
     start = time.time()
-    new, texts = generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed)
-    seconds, count = time.time() - start, sum(map(len, new))
+    texts = run_and_print(engine, requests, tokenizer, prompts, args.stop)
+    seconds, count = time.time() - start, sum(len(request.ids) for request in requests)
     print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, "
           f"batch {len(prompts)}, {args.dtype} on {args.device}", file=sys.stderr)
     if args.json:
-        rows = enumerate(zip(prompts, names, new, texts))
-        write_json(args.json, [dict(prompt=p, adapter=a, tokens=n, text=t, error=failed.get(row))
-                               for row, (p, a, n, t) in rows])
-    if failed:
-        raise BadInput(tell(failed))
+        rows = zip(prompts, names, requests, texts)
+        write_json(args.json, [dict(prompt=p, adapter=a, tokens=r.ids, text=t, error=r.error)
+                               for p, a, r, t in rows])
+    refuse_failed(requests)
 
 
 if __name__ == "__main__":

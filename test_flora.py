@@ -590,8 +590,8 @@ def test_a_training_ends_with_samples_of_the_base_and_of_the_saved_adapter(
     for n, text in enumerate(load_texts(args)[1][:3]):
         prompt = tokenizer.encode(text[text.find("\n", len(text) // 2) + 1:])[:16]
         base, adapter = (
-            generate.generate(model, [prompt], [i], max_new_tokens=40, temperature=0.8,
-                              seed=args.seed + 2 * n + j)[0] for j, i in enumerate(ids))
+            alone(model, prompt, adapter_id=i, max_new_tokens=40, temperature=0.8,
+                  seed=generate.row_seed(args.seed, 2 * n + j)) for j, i in enumerate(ids))
         base, adapter = (tokenizer.decode(text, continues=True) for text in (base, adapter))
         assert (f"=== held out\n{tokenizer.decode(prompt)}\n--- base\n{base}\n"
                 f"--- adapter\n{adapter}\n") in printed
@@ -717,6 +717,23 @@ def test_generation_ends_after_end_of_text_and_at_the_end_of_the_context():
         generate.generate(model, [[1] * 49])
 
 
+def alone(model, prompt, **settings):
+    """The new ids of one request of an Engine."""
+    engine = Engine(model, slots=1)
+    request = engine.submit(prompt, **settings)
+    engine.run()
+    return request.ids
+
+
+def test_rows_and_runs_of_other_seeds_draw_apart():
+    """Four equal prompts are four samples, and another seed repeats none of them."""
+    model, settings = tiny_model(), dict(max_new_tokens=12, temperature=1.0)
+    runs = [generate.generate(model, [[5]] * 4, seed=seed, **settings) for seed in (0, 1, 0)]
+    assert len({tuple(row) for run in runs[:2] for row in run}) == 8
+    assert runs[0] == runs[2]
+    assert runs[0][:2] == generate.generate(model, [[5]] * 2, seed=0, **settings)
+
+
 def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     u = torch.rand(20000, generator=torch.Generator().manual_seed(0))
@@ -738,8 +755,7 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     settings = dict(max_new_tokens=20, temperature=1.0, top_k=50)
     together = generate.generate(model, prompts, seed=3, **settings)
     assert together[0] == generate.generate(model, prompts[:1], seed=3, **settings)[0]
-    third = generate.generate(model, prompts[2:], seed=5, **settings)   # row 2 of seed 3
-    assert together[2] == third[0]
+    assert together[2] == alone(model, prompts[2], seed=generate.row_seed(3, 2), **settings)
     assert together != generate.generate(model, prompts, seed=4, **settings)
 
 
@@ -970,7 +986,7 @@ def test_generate_equals_the_plain_loop(model, expected):
     prompts, adapter_ids = [p for p, _ in requests[:9]], [s["adapter_id"] for _, s in requests[:9]]
     settings = dict(max_new_tokens=7, temperature=0.7, top_k=30, top_p=0.9)
     got = generate.generate(model, prompts, adapter_ids, seed=3, **settings)
-    assert got == [plain(model, p, a, seed=3 + row, **settings)
+    assert got == [plain(model, p, a, seed=generate.row_seed(3, row), **settings)
                    for row, (p, a) in enumerate(zip(prompts, adapter_ids))]
 
 

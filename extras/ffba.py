@@ -141,7 +141,7 @@ class Half(AdapterLinear):
             bank.spoilt = torch.where(finite, 0.0, float("nan"))[:, None]
             bank.half = torch.where(finite[:, None, None], bank.half, 0.0)
         if any(a.half == "B" and a.activation == "block" for a in halves):
-            block = torch.tensor([a.activation == "block" for a in adapters], device=self.weight.device)
+            block = torch.tensor([a in halves and a.activation == "block" for a in adapters], device=self.weight.device)
             bank.block = block[:, None].repeat(1, bank.half.shape[1])
         return bank
 

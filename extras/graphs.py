@@ -35,7 +35,7 @@ class GraphEngine(Engine):
             return self.table["adapter_id"]
 
     def decode(self):
-        n, length = len(self.running), self.offset + self.steps
+        n, length = len(self.running), self.cached()
         length = min(self.length, -(-length // BLOCK) * BLOCK)
         self.written = max(self.written, length)   # slots without a request write as well
         run = self.replay if self.device.type == "cuda" else self.run_all_slots

@@ -26,7 +26,7 @@ from flora import BASE
 from plumbing.files import BadInput, open_file
 from plumbing.flags import get_dtype
 from plumbing.outputs import check_writable, locked, open_output, stands
-from plumbing.prompts import cut_at_stop, new_text, stop_check, truncate
+from plumbing.prompts import cut_at_stop, encode_prompt, new_text, stop_check
 from plumbing.provenance import adapter_digest, base_digest, difference
 
 KEYS = {   # {key of a request: its type}
@@ -257,14 +257,10 @@ def submit(engine, r, loaded, tokenizer, cut):
     try:
         if "error" in r:
             raise BadInput(r["error"])
-        ids = tokenizer.encode(r["prompt"], bos=True)
+        context = engine.model.config.n_positions if cut else None
+        ids = encode_prompt(tokenizer, r["prompt"], None, context, r["max_new_tokens"])
     except BadInput as e:
-        request = generate.Request([], error=str(e))
-        engine.end(request, "failed")
-        return request
-    if cut:
-        room = engine.model.config.n_positions - r["max_new_tokens"]
-        ids = truncate(ids, room, tokenizer.bos_id)
+        return engine.submit([], error=str(e))
     settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     return engine.submit(ids, adapter_id=loaded[r["adapter"]], eos_id=tokenizer.eos_ids,
                          stopped=stop_check(tokenizer, r["stop"]), **settings)

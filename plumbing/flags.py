@@ -59,6 +59,14 @@ def get_device(name):
     return torch.device(name)
 
 
+def set_up(model, args):
+    """Do to a model what --attention and --quantize say."""
+    model.set_attention(args.attention == "flash")
+    if args.quantize:
+        int8 = extra("int8", f"--quantize {args.quantize}")
+        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
+
+
 def run_main(main):
     """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130, and
     a reader of the output that goes away, as head does, is status 141."""

@@ -1,20 +1,38 @@
-"""Prompts in, text out: what the command of generate.py reads, cuts, checks and prints."""
+"""Prompts in, text out: what the command of generate.py reads, cuts, checks and prints.
+
+Text is shown as it comes: what is printed only ever grows, and at the end is the text reported.
+"""
 import reprlib
 import sys
 
 from plumbing.files import BadInput
 
 
-def bad_setting(max_new_tokens, temperature, top_k, top_p, seed):
-    """Why no text can be generated with these settings, in one sentence, or None."""
-    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
-        return (f"temperature {reprlib.repr(temperature)}, top_k {reprlib.repr(top_k)}, top_p "
-                f"{top_p}: the first two must be at least 0, top_p in (0, 1]")
-    for name, value, least, most in [
-            ("temperature", temperature, 0, 1e9), ("top_k", top_k, 0, 2**31),
-            ("max_new_tokens", max_new_tokens, 1, 2**31), ("seed", seed, 0, 2**62)]:
+def check_request(request, length, config):
+    """BadInput for a Request whose prompt or settings an engine of `length` tokens cannot run."""
+    prompt, room = request.prompt, f"the {length} of a slot (length)"
+    if length == config.n_positions:
+        room = f"the model's context of {length} (n_positions)"
+    if len(prompt) > length:
+        raise BadInput(f"a prompt has {len(prompt)} tokens, more than {room}; shorten it, "
+                       "or use --truncate")
+    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+        raise BadInput(f"a prompt has token ids outside 0 to {config.vocab_size - 1}; "
+                       "encode it with this model's tokenizer")
+    check_settings(request)
+
+
+def check_settings(r):
+    """BadInput for settings of a Request, or flags of these names, that are out of range."""
+    if not (r.temperature >= 0 and r.top_k >= 0 and 0 < r.top_p <= 1):
+        raise BadInput(f"temperature {reprlib.repr(r.temperature)}, top_k {reprlib.repr(r.top_k)}, "
+                       f"top_p {r.top_p}: the first two must be at least 0, top_p in (0, 1]")
+    for name, least, most in [("temperature", 0, 1e9), ("top_k", 0, 2**31),
+                              ("max_new_tokens", 1, 2**31), ("seed", 0, 2**62)]:
+        value = getattr(r, name)
         if not least <= value <= most:
-            return f"{name} is {reprlib.repr(value)}; it must be from {least} to {most:.4g}"
+            raise BadInput(f"{name} is {reprlib.repr(value)}; it must be from {least} to "
+                           f"{most:.4g}")
 
 
 def read_prompts(args):
@@ -40,26 +58,41 @@ def one_each(values, n, what):
     return values if len(values) == n else values * n
 
 
-def encode_prompts(args, tokenizer, prompts, n_positions, failed):
-    """The ids of each prompt, around a gap where there is a --suffix, cut where --truncate says.
-    A prompt that cannot be encoded has none, and its reason stands in {row: why} `failed`."""
+def encode_prompts(args, tokenizer, prompts, n_positions):
+    """The flags' prompts, around a gap where there is a --suffix, cut where --truncate says -> for
+    each dict(prompt=ids), with its reason as error if it cannot be encoded."""
     if args.suffix and tokenizer.fim_ids is None:
         raise BadInput(f"--suffix: the tokenizer of {args.weights} has no fill-in-the-middle "
                        "tokens; StarCoder's has")
-    suffixes = one_each(args.suffix, len(prompts), "--suffix") if args.suffix else prompts
-    encoded = []
-    for row, (prompt, suffix) in enumerate(zip(prompts, suffixes)):
+    suffixes = [None] * len(prompts)
+    if args.suffix:
+        suffixes = one_each(args.suffix, len(prompts), "--suffix")
+    context, rows = n_positions if args.truncate else None, []
+    for prompt, suffix in zip(prompts, suffixes):
         try:
-            ids = tokenizer.encode(prompt, bos=True)
-            if args.suffix:
-                before, between, after = ([i] for i in tokenizer.fim_ids)
-                ids = before + ids + between + tokenizer.encode(suffix) + after
+            ids = encode_prompt(tokenizer, prompt, suffix, context, args.max_new_tokens)
+            rows.append(dict(prompt=ids))
         except BadInput as e:
-            failed[row], ids = str(e), []
-        if args.truncate:
-            ids = truncate(ids, n_positions - args.max_new_tokens, tokenizer.bos_id)
-        encoded.append(ids)
-    return encoded
+            rows.append(dict(prompt=[], error=str(e)))
+    return rows
+
+
+def encode_prompt(tokenizer, prompt, suffix=None, context=None, new=0):
+    """A prompt -> its ids: or, around a gap, of prompt and suffix between the tokens of FIM.
+
+    context: of what does not fit in so many tokens, the prompt loses its start and the suffix its
+    end, so that there is room for `new` tokens (if these fit at all, otherwise for half).
+    """
+    start, end = tokenizer.encode(prompt, bos=True), tokenizer.encode(suffix or "")
+    marks = 0 if suffix is None else len(tokenizer.fim_ids)
+    if context is not None and len(start) + len(end) + marks > context:
+        room = (context - new if new < context else context // 2) - marks
+        start = truncate(start, max(room - len(end), room - room // 2), tokenizer.bos_id)
+        end = end[:max(0, room - len(start))]
+    if suffix is None:
+        return start
+    before, between, after = tokenizer.fim_ids
+    return [before, *start, between, *end, after]
 
 
 def truncate(ids, room, bos_id):
@@ -74,6 +107,25 @@ def new_text(tokenizer, ids):
     return tokenizer.decode([i for i in ids if i not in tokenizer.eos_ids], continues=True)
 
 
+def cut_at_stop(text, stops):
+    """text up to the first of the strings `stops`."""
+    return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
+
+
+def certain_text(tokenizer, ids, stops=()):
+    """What of a request's text cannot change any more, whatever ids come after these: without
+    bytes that may be part of a character, and without what may be the beginning of a stop."""
+    n = len(ids)
+    while n and ids[n - 1] in tokenizer.byte_ids:
+        n -= 1
+    text = cut_at_stop(new_text(tokenizer, ids[:n]).rstrip("\ufffd"), stops)
+    longest = max(map(len, stops), default=0)
+    for start in range(max(0, len(text) - longest), len(text)):
+        if any(stop.startswith(text[start:]) for stop in stops):
+            return text[:start]
+    return text
+
+
 def stop_check(tokenizer, stops):
     """A Request's `stopped` that finds one of the strings `stops` in its text; None without any."""
     def stopped(ids):
@@ -82,23 +134,28 @@ def stop_check(tokenizer, stops):
     return stopped if stops else None
 
 
-def cut_at_stop(text, stops):
-    """text up to the first of the strings `stops`."""
-    return text[:min((text.find(s) for s in stops if s in text), default=len(text))]
+class TextPrinter:
+    """Prints texts as they come: one as it is, several line by line, with their numbers."""
 
-
-class Printer:
-    """Streams texts to standard output: one as it comes, several by line, with their numbers."""
-
-    def __init__(self, prompts):
-        self.many = len(prompts) > 1
-        self.pending = [prompt if self.many else "" for prompt in prompts]
-        self.shown = [0] * len(prompts)
+    def __init__(self, tokenizer, prompts, stops):
+        self.tokenizer, self.stops, self.many = tokenizer, stops, len(prompts) > 1
+        self.pending = [prompt if self.many else "" for prompt in prompts]   # of a line
+        self.shown = [0] * len(prompts)                                      # characters
         if not self.many:
             print(prompts[0], end="", flush=True)
 
-    def show(self, row, text, end=False):
-        """text: all that the row has generated so far, certain not to change."""
+    def show(self, row, ids):
+        """Print what is certain of a row's new ids so far, and was not printed yet."""
+        self.print(row, certain_text(self.tokenizer, ids, self.stops))
+
+    def end(self, row, request):
+        """Print the rest of a row's text -> all of it. Nothing, of one that failed at once."""
+        text = cut_at_stop(new_text(self.tokenizer, request.ids), self.stops)
+        if request.ids or not request.error:
+            self.print(row, text, end=True)
+        return text
+
+    def print(self, row, text, end=False):
         fresh, self.shown[row] = text[self.shown[row]:], len(text)
         if not self.many:
             print(fresh, end="\n" if end else "", flush=True)

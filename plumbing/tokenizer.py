@@ -27,7 +27,7 @@ class Tokenizer:
     eos_ids: what ends a text: the eos_token_id, one or several, of generation_config.json, or of
     config.json, or the first of EOS_TOKENS that it has. eos_id: the first of them.
     bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
-    fim_ids: the ids of FIM_TOKENS, or None.
+    fim_ids: the ids of FIM_TOKENS, or None. byte_ids: the tokens that are one byte of a character.
     """
 
     def __init__(self, folder):
@@ -48,6 +48,8 @@ class Tokenizer:
         self.token_id = self.backend.token_id   # (text of a token) -> its id, or None
         self.limit, self.eos_ids = self.read_configs()
         self.eos_id = self.eos_ids[0]
+        byte_ids = (self.token_id(f"<0x{byte:02X}>") for byte in range(256))
+        self.byte_ids = {i for i in byte_ids if i is not None}
         fim_ids = [self.token_id(token) for token in FIM_TOKENS]
         self.fim_ids = None if None in fim_ids else fim_ids
 
