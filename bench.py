@@ -37,11 +37,11 @@ from tqdm import tqdm
 import flora
 from generate import new_engine
 from model import GPT, PRESETS, model_from_config, preset
-from plumbing.figures import PANELS, draw, finite, print_summary, print_table
+from plumbing import bench_flags
+from plumbing.figures import PANELS, describe, draw, finite, print_summary, print_table
 from plumbing.files import BadInput
-from plumbing.flags import add_common_flags, check_numbers, get_device, get_dtype, run_main
-from plumbing.outputs import JSON, PNG, check_writable, write_each, write_json
-from plumbing.provenance import provenance
+from plumbing.flags import get_device, get_dtype, run_main, set_up
+from plumbing.outputs import write_each, write_json
 from plumbing.registry import extra
 from plumbing.tokenizer import Tokenizer
 
@@ -464,51 +464,7 @@ def bench_serving(bench):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    add("--mode", nargs="+", choices=["throughput", "latency", "layer", "token"],
-        default=["throughput", "latency"])
-    rows = [name for name in ROWS if name != "flora-eq6"]
-    add("--rows", nargs="+", default=rows, metavar="ROW", help="the base always runs too; "
-        f"{', '.join(ROWS)}, and those of extras/bench_more.py (default: {' '.join(rows)})")
-    add("--model", metavar="NAME", help="a size instead of --weights, with --random-weights: "
-        f"{', '.join(PRESETS)}, or one of extras/llama.py's")
-    add("--random-weights", action="store_true")
-    add("--attention", choices=["flash", "math"], default="flash", help="math: as in the paper")
-    add("--compile", action="store_true",
-        help="decode with torch.compile; its time is reported apart")
-    add("--num-requests", type=int, help="default: 1,000, on a CPU 32")
-    add("--scale", type=float, help="multiply all lengths by this (default: 1, on a CPU 0.25)")
-    add("--dataset", metavar="FILE", help="ShareGPT's JSON format (default: a synthetic mixture)")
-    add("--num-adapters", type=int, default=32,
-        help="distinct adapters; request i runs number i modulo this")
-    add("--slots", type=int, help="requests that run at once (default: 64, on a CPU 8)")
-    add("--max-batched-tokens", type=int, help="default: 8,192, for latency 2,560, as in the paper")
-    add("--request-rate", type=float, nargs="+", help="arrivals a second for latency (default: 0.5 "
-        "and 1.5 times what the base model serves)")
-    add("--layer-tokens", type=int, nargs="+", default=[1, 64, 256],
-        help="tokens an example, for layer")
-    add("--token-length", type=int, default=128, help="new tokens of a request, for token")
-    add("--repeats", type=int, default=3,
-        help="rounds; latency takes one, its spread is over the requests")
-    add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
-    add("--plot", nargs="+", metavar="JSON",
-        help="no measuring: draw the throughput of these results into --png (Fig. 3)")
-    add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
-    args = parser.parse_args(argv)
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    counts = ["ranks", "num_requests", "num_adapters", "slots", "max_batched_tokens",
-              "layer_tokens", "token_length", "repeats"]
-    check_numbers(args, counts, at_least_0=["seed"], above_0=["request_rate", "scale"])
-    if bool(args.model) != args.random_weights:
-        raise BadInput("--model needs --random-weights and the other way round; for a checkpoint "
-                       "use --weights FOLDER")
+    return bench_flags.parse_args(argv, __doc__, ROWS, PRESETS)
 
 
 def load_model(args):
@@ -517,12 +473,7 @@ def load_model(args):
         model = random_model(args, device, dtype)
     else:
         model = GPT.from_pretrained(args.weights, device, dtype)
-    model.requires_grad_(False)
-    model.set_attention(args.attention == "flash")
-    if args.quantize:
-        int8 = extra("int8", f"--quantize {args.quantize}")
-        int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
-    return model
+    return set_up(model.requires_grad_(False), args)
 
 
 def random_model(args, device, dtype):
@@ -546,22 +497,6 @@ def fill_defaults(args, model):
     args.scale = args.scale or min(1.0 if on_gpu else 0.25, model.config.n_positions / 2000)
 
 
-def describe(args, model, workload):
-    """What is measured, on what: the head of the results."""
-    prompts, outputs = np.array([(len(prompt), output) for prompt, output in workload]).T
-    totals, folder = prompts + outputs, os.path.basename(os.path.abspath(args.weights))
-    return provenance(model.wte.weight.device) | dict(
-        dtype=args.dtype,
-        model=dict(name=f"{args.model}, random weights" if args.model else folder,
-                   parameters=sum(p.numel() for p in model.base_parameters().values()),
-                   quantize=args.quantize, attention=args.attention, compile=args.compile),
-        workload=dict(source=args.dataset or "synthetic", requests=len(workload), scale=args.scale,
-                      seed=args.seed, prompt_tokens_mean=float(prompts.mean()),
-                      new_tokens_mean=float(outputs.mean()), total_tokens_min=int(totals.min()),
-                      total_tokens_max=int(totals.max()), slots=args.slots,
-                      num_adapters=args.num_adapters, ranks=args.ranks, repeats=args.repeats))
-
-
 def choose_variants(args, rows):
     """[(name of a row, rank)] that --rows and --ranks ask for, the base first."""
     variants = [("base", None)]
@@ -569,8 +504,9 @@ def choose_variants(args, rows):
         return variants
     for name in args.rows:
         kind = rows[name].kind
-        ranks = [0.5] if kind == "ia3" else args.ranks   # IA3's rank in the paper
-        variants += [(name, rank) for rank in ranks if kind]
+        if kind:
+            fixed = flora.adapter_class(kind).fixed_rank   # IA3's
+            variants += [(name, rank) for rank in ([fixed] if fixed else args.ranks)]
     return variants
 
 
@@ -590,16 +526,6 @@ def prepare(args):
     return Bench(args, model, workload, rows, variants, sets, result)
 
 
-def find_outputs(args):
-    """Fill in --json and --png, and see that both can be written."""
-    device = get_device(args.device).type
-    args.json = args.json or os.path.join("out", f"bench_{device}.json")
-    args.png = args.png or os.path.join("figures", f"fig2_{device}.png")
-    check_writable(args.json, "--json", JSON, make_folder=True)
-    if args.mode != ["token"]:
-        check_writable(args.png, "--png", PNG, make_folder=True)
-
-
 def write(bench):
     """Write the results and the figure."""
     def results():
@@ -614,7 +540,7 @@ def main():
     if args.plot:
         png = args.png or os.path.join("figures", "fig3.png")
         return extra("bench_more", "--plot").draw_together(args.plot, png)
-    find_outputs(args)
+    bench_flags.find_outputs(args)
     more = [extra("bench_more", f"--mode {mode}").MODES[mode]
             for mode in ("layer", "token") if mode in args.mode]
     bench = prepare(args)

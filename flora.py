@@ -88,10 +88,10 @@ def choose_path(x, rank, ids):
     """
     b, T, _ = x.shape
     cost = MATERIALISE_COST.get((x.device.type, x.dtype.itemsize), ESTIMATED_COST)
-    if T == 1 or (rank - 1) * b * T <= cost:
-        return "expand"
-    tokens_per_adapter = b * T / len(ids.unique())
-    return "materialise" if (rank - 1) * tokens_per_adapter > cost else "expand"
+    extra_rows = (rank - 1) * b * T
+    if T > 1 and extra_rows > cost and extra_rows / len(ids.unique()) > cost:   # of each adapter
+        return "materialise"
+    return "expand"
 
 
 # -------------------------------------------------------------------- 2 what one projection learns
@@ -186,7 +186,8 @@ class LoRA(LowRank):
     learning_rate = 1e-3   # the paper's 1e-4 is for 1,500 steps of a 15B model
 
     def reset_parameters(self):
-        """As in PEFT."""
+        """As in PEFT, after a draw that keeps what a seed gave in extras/results/."""
+        nn.init.normal_(self.B)
         nn.init.kaiming_uniform_(self.B.T, a=5**0.5)
         nn.init.zeros_(self.A)
 
@@ -254,8 +255,8 @@ def stack(tensors, neutral):
 
 
 def select(bank, ids):
-    """bank [n + 1, R, m] or [n + 1, k], ids [b, T] -> [b, T, R, m] or [b, T, k].
-    A negative or unknown id is an IndexError."""
+    """bank [n + 1, ...], ids of any shape -> [*ids, ...]. A negative or unknown id is an
+    IndexError."""
     return F.embedding(ids, bank.flatten(1)).unflatten(-1, bank.shape[1:])
 
 
@@ -275,6 +276,9 @@ class Rows:
         return own
 
 
+NO_ROWS = Rows(Bank(None, None, None, None, None), torch.zeros(1, dtype=torch.int64))
+
+
 def lora_addend(x, rows):
     """LoRA's addend, an adapter per example or per token: x [b, T, d] -> [b, T, k]."""
     A, B = rows["added_A"], rows["added_B"]                  # [b, n, r, k], [b, n, r, d], n is 1 or T
@@ -291,7 +295,7 @@ class AdapterLinear(nn.Linear):
     """
     form = None                         # W0 as nn.Linear holds it; or another form (extras/int8.py)
     lora = staticmethod(lora_addend)    # how LoRA's addend is computed: (x, rows) -> [b, T, k]
-    path = "auto"                       # how FLoRA is: "expand" (Eq. 6), "materialise" (Eq. 4)
+    path = "auto"                       # how FLoRA is: see set_path
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias)
@@ -304,9 +308,7 @@ class AdapterLinear(nn.Linear):
 
         adapters: {layer: its Rows}, from `gather`; None is the base model for all.
         """
-        rows = adapters.get(self) if adapters else None
-        if rows is None:
-            return self.product(x, self.bias)
+        rows = (adapters or {}).get(self, NO_ROWS)
         y = self.scaled(x, rows)
         if rows.bank.added_A is not None:
             y = y + self.lora(x, rows)
@@ -329,37 +331,33 @@ class AdapterLinear(nn.Linear):
             return self.product(x, self.bias)
         rank, columns = bank.scale_A.shape[1:]
         path = choose_path(x, rank, rows.ids) if self.path == "auto" else self.path
-        if path == "expand":
-            def times_W0(BX):
-                return self.product(BX, hi=columns)
-            y = flora_expand(x, times_W0, rows["scale_A"], rows["scale_B"])
-        elif path == "materialise":
-            y = self.materialised(x, rows)
-        else:
-            raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
+        y = PATHS[path](self, x, rows)
         if columns < self.out_features:   # the last columns, which no adapter of this layer touches
             y = torch.cat([y, self.product(x, lo=columns).to(y.dtype)], dim=-1)
         bias = self.bias if bank.bias is None else rows["bias"]
         return y if bias is None else y + bias
 
+    def expanded(self, x, rows):
+        """Eq. 6: x [b, T, d] -> [b, T, columns]."""
+        A, B = rows["scale_A"], rows["scale_B"]                              # [b, 1 or T, R, ...]
+        return flora_expand(x, lambda BX: self.product(BX, hi=A.shape[-1]), A, B)
+
     def materialised(self, x, rows):
         """Eq. 4, one distinct adapter after another: x [b, T, d] -> [b, T, columns]."""
         A, B, ids = rows.bank.scale_A, rows.bank.scale_B, rows.ids.expand(x.shape[:2])
-        W0, distinct = self.W0()[:, :A.shape[2]], ids.unique().tolist()
-        if distinct[0] < 0:
-            raise IndexError(f"adapter id {distinct[0]} is negative")
+        W0, distinct = self.W0()[:, :A.shape[2]], ids.unique()
         if len(distinct) == 1:   # as in training: no copies of x and y
-            return flora_materialise(x, W0, A[distinct[0]], B[distinct[0]])
+            return flora_materialise(x, W0, select(A, distinct[0]), select(B, distinct[0]))
         y = x.new_empty(*x.shape[:2], A.shape[2])
         for i in distinct:
-            y[ids == i] = flora_materialise(x[ids == i], W0, A[i], B[i])
+            y[ids == i] = flora_materialise(x[ids == i], W0, select(A, i), select(B, i))
         return y
 
     def in_rows(self, ids=None):
         """The Adapter of each row of a bank, NO_ADAPTER where this layer has none. ids: which
         (default: all, from 0)."""
-        ids = range(self.num_adapters + 1) if ids is None else ids
-        return [self.adapters[str(i)] if str(i) in self.adapters else NO_ADAPTER for i in ids]
+        held = dict(self.adapters.items())
+        return [held.get(str(i), NO_ADAPTER) for i in ids or range(self.num_adapters + 1)]
 
     def bank(self, ids=None, columns=0):
         """Stack this layer's adapters, differentiably. ids as in in_rows; columns: how many scale_A
@@ -384,6 +382,9 @@ class AdapterLinear(nn.Linear):
         self.frozen_bank = bank
 
 
+PATHS = {"expand": AdapterLinear.expanded, "materialise": AdapterLinear.materialised}
+
+
 # -------------------------------------------------------------------------- 4 verbs on a model
 
 
@@ -395,10 +396,16 @@ def adapter_class(kind):
 
 
 def adapter_layers(model):
-    """Yield (name, layer) for every AdapterLinear of a model."""
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterLinear):
-            yield name, module
+    """[(name, layer)] for every AdapterLinear of a model."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, AdapterLinear)]
+
+
+def set_path(model, path):
+    """Compute FLoRA by Eq. 6 ("expand"), by Eq. 4 ("materialise") or as choose_path says ("auto")."""
+    if path not in ("auto", *PATHS):
+        raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
+    for _, layer in adapter_layers(model):
+        layer.path = path
 
 
 def default_targets(model, kind):
@@ -412,7 +419,7 @@ def make_adapters(model, kind, rank, targets=None, alpha=8.0, device=None, **opt
     layer's device, or on `device`: "meta" takes no memory."""
     adapter = adapter_class(kind)
     rank = adapter.fixed_rank or rank
-    if rank != adapter.fixed_rank and (type(rank) is not int or rank < 1):
+    if not adapter.fixed_rank and (type(rank) is not int or rank < 1):
         raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
     places = adapter.places or {target: [(end, {})] for target, end in model.TARGETS.items()}
     if targets is None:

@@ -8,6 +8,7 @@
 Text goes to standard output as it comes (with several prompts line by line, each line numbered by
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
+import contextlib
 import sys
 import time
 from collections import deque
@@ -154,7 +155,9 @@ class Engine:
         request = Request(list(prompt) or as_list(self.model.config.eos_token_id)[:1], **settings)
         request.arrived, request.eos_id = time.perf_counter(), as_list(request.eos_id)
         try:
-            self.check(request)
+            check_request(request, self.length, self.model.config)
+            if request.adapter_id != BASE:
+                flora.adapters_of(self.model, request.adapter_id)
         except BadInput as e:
             self.fail(request, str(e))
         else:
@@ -193,14 +196,6 @@ class Engine:
         return list(events.items())
 
     # the parts of a step
-
-    def check(self, request):
-        """BadInput, in one sentence, for a request that cannot run."""
-        if request.error:   # found before
-            raise BadInput(request.error)
-        check_request(request, self.length, self.model.config)
-        if request.adapter_id != BASE:
-            flora.adapters_of(self.model, request.adapter_id)
 
     def picked(self, request):
         """How many tokens were picked for a running request, read or not."""
@@ -360,10 +355,8 @@ def new_engine(model, slots=8, compile=False, **settings):
     if compile:
         return extra("graphs", "--compile").GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":
-        try:
+        with contextlib.suppress(BadInput):   # without extras/ the plain one runs
             return extra("graphs", "a CUDA graph").GraphEngine(model, slots, **settings)
-        except BadInput:
-            pass
     return Engine(model, slots, **settings)
 
 
@@ -411,10 +404,8 @@ def refuse_failed(requests):
 def load_model(args):
     """The model and the tokenizer that the flags name."""
     tokenizer = Tokenizer(args.weights)
-    device, dtype = get_device(args.device), get_dtype(args)
-    model = GPT.from_pretrained(args.weights, device, dtype)
-    set_up(model, args)
-    return model, tokenizer
+    model = GPT.from_pretrained(args.weights, get_device(args.device), get_dtype(args))
+    return set_up(model, args), tokenizer
 
 
 def load_adapters(model, names):

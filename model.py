@@ -64,20 +64,19 @@ PRESETS = {
 class CacheAccess(NamedTuple):
     """How one call uses the KV cache, the same for every layer."""
     write: tuple | None = None         # where its keys and values go; None: to the start (prefill)
-    mask: torch.Tensor | None = None   # [B, T, S], 0 where a token may look, or -inf; None: causal
+    mask: torch.Tensor | None = None   # [B, 1, T, S], 0 where it may look, or -inf; None: causal
 
 
 def attend(q, k, v, mask=None, flash=True):
     """Grouped-query attention: q [B, H, T, D] over k, v [B, K, S, D], H / K query heads to each key
     head (K = 1 is multi-query attention) -> [B, H, T, D].
 
-    mask [B, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, S = T.
+    mask [B, 1, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, S = T.
     flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All
     query heads of a key head are rows of one matmul: for one token on a CPU that is faster.
     """
     B, H, T, D = q.shape
     K = k.shape[1]
-    mask = None if mask is None else mask[:, None]                            # [B, 1, T, S]
     if flash and not (T == 1 and q.device.type == "cpu"):
         k, v = (x[:, :, None].expand(B, K, H // K, -1, D) for x in (k, v))
         k, v = k.flatten(1, 2), v.flatten(1, 2)                               # [B, H, S, D]
@@ -227,7 +226,7 @@ class GPT(nn.Module):
             return CacheAccess()
         row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
         cached = torch.arange(kv_cache.shape[-2], device=x.device)            # [S]
-        unseen = cached > positions[:, :, None]                               # [B, T, S]
+        unseen = cached > positions[:, None, :, None]                         # [B, 1, T, S]
         mask = torch.zeros_like(unseen, dtype=x.dtype).masked_fill(unseen, float("-inf"))
         return CacheAccess((every, row, every, positions), mask)
 

@@ -8,43 +8,34 @@
                                                     a LoRA's copy (extras/lora_to_flora.py)
 
 Writes OUT/adapter.safetensors (none: a Hugging Face folder), OUT/log.json and OUT/checkpoint.pt.
-Read main -> train -> train_adapter -> fit_text -> fit, which is the loop, then what they call.
+Reading order: text to batches; the loss; the loop, `fit`; one training, `train`; the command.
 """
-import argparse
 import contextlib
 import math
 import os
-import shlex
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import flora
 from generate import generate
 from model import GPT, model_class, read_config
-from plumbing.checkpoints import (check_same, contents, flags_of, kept, open_checkpoint, restore,
-                                  save_checkpoint)
+from plumbing import training_flags
+from plumbing.checkpoints import interrupted_at, kept, restore, save_checkpoint
 from plumbing.files import BadInput
-from plumbing.flags import EMBEDDED, add_common_flags, check_numbers, run_main
-from plumbing.outputs import JSON, check_writable, locked
-from plumbing.processes import (RANK, WORLD, interrupts, over_processes, parallel, say,
-                                start_processes)
+from plumbing.flags import EMBEDDED, run_main
+from plumbing.processes import RANK, WORLD, interrupts, over_processes, parallel, say
 from plumbing.prompts import new_text
 from plumbing.registry import extra
 from plumbing.report import finish, make_report, say_sizes
-from plumbing.texts import load_texts
+from plumbing.runs import begin
 from plumbing.tokenizer import Tokenizer
-from plumbing.training_flags import add_adapter_flags, add_data_flags, add_loop_flags
-
-UNRANKED = ("ia3", "none")   # what --adapter may be where --rank says nothing
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -152,69 +143,88 @@ def heldout_loss(model, data, adapter_id, dtype):
 # --------------------------------------------------------------------------------------- the loop
 
 
-def fit(model, parameters, next_batch, loss, heldout, args, checkpoint=None, groups=None,
-        stop=None):
+class Loop(NamedTuple):
+    """The settings of `fit`."""
+    steps: int
+    grad_accum: int        # micro-batches of a step
+    tokens_per_step: int   # of all processes
+    lr: float              # its peak
+    warmup: int            # steps
+    clip: float            # the gradients' largest norm
+    eval_every: int        # steps between held-out losses, and checkpoints
+    dtype: str             # of matmuls
+    compile: bool
+    out: str               # folder of the checkpoint
+    made_with: dict        # what decides what is learnt, for the checkpoint
+    resume: bool           # whether this run goes on from one
+
+
+def loop_of(args):
+    """The Loop that flags describe."""
+    return Loop(**{name: getattr(args, name) for name in Loop._fields})
+
+
+def fit(model, parameters, next_batch, loss, heldout, loop, stop, checkpoint=None, optimizer=None):
     """The one loop: of adapters, base models and copies of LoRAs. It knows nothing of text.
 
     parameters: {name: Parameter}, all of `model` that takes gradients, as a checkpoint names them.
     next_batch(step, micro) -> tensors, this process's share of a micro-batch.
     loss(model, *tensors) -> their mean loss; its model is ours, parallel and compiled where asked.
-    heldout() -> float, measured by process 0 at the start and every args.eval_every steps.
-    args: those of add_loop_flags, and tokens_per_step.
-    checkpoint: from open_checkpoint. groups: AdamW's, to give some parameters weight decay.
-    stop: a tensor [1] that ends the loop like Ctrl-C, which it replaces, when it is set to 1.
+    heldout() -> float, measured by process 0 at the start and every loop.eval_every steps.
+    stop: a tensor [1]; the loop ends after the step in which it is set to 1 (see interrupts).
+    checkpoint: from open_checkpoint. optimizer: default adamw(parameters.values()).
     -> (log: [{step, loss, heldout_loss, seconds}], tokens per second or None after 0 steps).
-    Raises FloatingPointError for a loss that is not finite, KeyboardInterrupt after Ctrl-C.
+    Raises FloatingPointError for a loss that is not finite, KeyboardInterrupt if it was stopped.
     """
-    groups = groups or [dict(params=list(parameters.values()))]
-    # Decay would pull a multiplicative adapter to 0, and the identity is 1
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = optimizer or adamw(parameters.values())
     measure = heldout if RANK == 0 else lambda: 0.0
     if checkpoint:
         step, log = restore(checkpoint, parameters, optimizer)
     else:
         step, log = 0, [dict(step=0, loss=None, heldout_loss=measure(), seconds=0.0)]
-    model = parallel(model, args.compile)
-    losses, rate, interrupted = [], None, False
+    model = parallel(model, loop.compile)
+    losses, rate, stopped = [], None, False
     first, busy, begin = step, 0.0, time.time() - log[-1]["seconds"]
-    bar = tqdm(total=args.steps, initial=step, disable=RANK > 0, desc=args.out, unit="step")
-    with bar, interrupts() if stop is None else contextlib.nullcontext(stop) as asked_to_stop:
-        while step < args.steps and not interrupted:
+    with tqdm(total=loop.steps, initial=step, disable=RANK > 0, desc=loop.out, unit="step") as bar:
+        while step < loop.steps and not stopped:
             tick = time.time()
-            share = backward(model, next_batch, loss, step, args)
-            mean, interrupted = over_processes(share, asked_to_stop)
-            check_finite("loss", mean, step + 1, args)
-            update(optimizer, parameters, learning_rate(step, args), args.clip)
+            share = backward(model, next_batch, loss, step, loop)
+            mean, stopped = over_processes(share, stop)
+            check_finite("loss", mean, step + 1, loop)
+            update(optimizer, parameters, learning_rate(step, loop), loop.clip)
             losses.append(mean)
             step, busy = step + 1, busy + time.time() - tick
-            rate = (step - first) * args.tokens_per_step / busy
+            rate = (step - first) * loop.tokens_per_step / busy
             bar.update()
             bar.set_postfix(loss=f"{mean:.3f}", heldout=f"{log[-1]['heldout_loss']:.3f}",
                             tok_s=f"{rate:.0f}")
-            if step % args.eval_every == 0 or step == args.steps or interrupted:
+            if step % loop.eval_every == 0 or step == loop.steps or stopped:
                 log.append(dict(step=step, loss=sum(losses) / len(losses), heldout_loss=measure(),
                                 seconds=time.time() - begin))
-                check_finite("held-out loss", log[-1]["heldout_loss"], step, args)
-                save_checkpoint(step, parameters, optimizer, log, args)
+                check_finite("held-out loss", log[-1]["heldout_loss"], step, loop)
+                save_checkpoint(step, parameters, optimizer, log, loop)
                 losses = []
-    if step < args.steps:
-        resume = [] if args.resume else ["--resume"]
-        command = shlex.join([sys.executable, *sys.argv, *resume])
-        say(f"interrupted at step {step}; go on with: {command}")
-        raise KeyboardInterrupt
+    if step < loop.steps:
+        interrupted_at(step, loop)
     return log, rate
 
 
-def backward(model, next_batch, loss, step, args):
+def adamw(parameters):
+    """The optimizer. Weight decay would pull a multiplicative adapter to 0, and the identity is 1.
+    parameters: as torch's optimizers take them; update sets the rate."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def backward(model, next_batch, loss, step, loop):
     """Accumulate the gradients of one step's micro-batches; returns this process's loss, [1]."""
     device = next(model.parameters()).device
     total = torch.zeros(1, device=device)
-    for micro in range(args.grad_accum):
+    for micro in range(loop.grad_accum):
         tensors = [tensor.to(device) for tensor in next_batch(step, micro)]
-        last = micro == args.grad_accum - 1   # only then do the processes exchange gradients
+        last = micro == loop.grad_accum - 1   # only then do the processes exchange gradients
         with contextlib.nullcontext() if WORLD == 1 or last else model.no_sync():
-            with autocast(device, args.dtype):
-                share = loss(model, *tensors) / args.grad_accum
+            with autocast(device, loop.dtype):
+                share = loss(model, *tensors) / loop.grad_accum
             share.backward()
         total += share.detach()
     return total
@@ -229,23 +239,17 @@ def update(optimizer, parameters, lr, clip):
     optimizer.zero_grad(set_to_none=True)
 
 
-def learning_rate(step, args):
+def learning_rate(step, loop):
     """Linear warm-up, then a cosine down to a tenth."""
-    if step < args.warmup:
-        return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+    if step < loop.warmup:
+        return loop.lr * (step + 1) / loop.warmup
+    progress = (step - loop.warmup) / max(1, loop.steps - loop.warmup)
+    return loop.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def check_finite(name, value, step, args):
+def check_finite(name, value, step, loop):
     if not math.isfinite(value):
-        raise FloatingPointError(f"the {name} is {value} at step {step}; {kept(args)}; lower --lr")
-
-
-# ------------------------------------------------------------------------------- several processes
-
-
-# ------------------------------------------------------------------------------------- checkpoints
+        raise FloatingPointError(f"the {name} is {value} at step {step}; {kept(loop)}; lower --lr")
 
 
 # ------------------------------------------------------------------------------------ one training
@@ -253,29 +257,23 @@ def check_finite(name, value, step, args):
 
 def train(args):
     """Run one training as `parse_args` describes it; returns the report that --json writes."""
-    run = train_adapter
-    if args.adapter == "none":
-        run = extra("pretrain", "--adapter none").pretrain
-    elif args.from_lora:
-        run = extra("lora_to_flora", "--from-lora").copy_lora
     fill_targets(args)
-    device = start_processes(args)
-    with outputs(args):
-        checkpoint, texts = prepare(args)
-        torch.manual_seed(args.seed)
-        report = run(args, device, texts, checkpoint)
-    if WORLD > 1:
-        dist.destroy_process_group()
+    if args.adapter == "none":
+        return extra("pretrain", "--adapter none").pretrain(args)
+    if args.from_lora:
+        return extra("lora_to_flora", "--from-lora").copy_lora(args)
+    with begin(args) as run:
+        model, tokenizer = load_base(args, run.device, getattr(torch, args.dtype))
+        model.requires_grad_(False)
+        adapter_id, parameters = new_adapter(args, model)
+        data = encode_data(args, run.texts, tokenizer)
+        task = text_task(args, model, data, adapter_id)
+        with interrupts() as stop:
+            log, rate = fit(model, parameters, *task, loop_of(args), stop, run.checkpoint)
+        report = make_report(args, model, parameters, data, log, rate)
+        report = finish_adapter(args, model, adapter_id, report)
+        show_samples(args, model, tokenizer, run.texts[1], report)
     return report
-
-
-def prepare(args):
-    """-> (the checkpoint to go on from or None, the texts), which are seen to fit each other."""
-    checkpoint, texts = open_checkpoint(args), load_texts(args)
-    args.made_with = contents(args, texts) | flags_of(args) if RANK == 0 else {}
-    if checkpoint and RANK == 0:
-        check_same(checkpoint, args)
-    return checkpoint, texts
 
 
 def fill_targets(args):
@@ -283,42 +281,6 @@ def fill_targets(args):
     if args.targets is None and not args.from_lora:
         family = model_class(read_config(args.weights or EMBEDDED).model_type)
         args.targets = flora.default_targets(family, args.adapter)
-
-
-@contextlib.contextmanager
-def outputs(args):
-    """Make OUT a folder in which, inside, no other run writes; see that all can be written."""
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {args.out}: cannot be made a folder ({e.strerror})") from None
-    with locked(args.out, "--out") if RANK == 0 else contextlib.nullcontext():
-        if RANK == 0:
-            check_writable(str(Path(args.out, "log.json")), "--out", JSON)
-            check_writable(args.json, "--json", JSON)
-        yield
-
-
-def train_adapter(args, device, texts, checkpoint):
-    """Freeze the base and train one new adapter of it."""
-    model, tokenizer = load_base(args, device, getattr(torch, args.dtype))
-    model.requires_grad_(False)
-    report = add_and_fit(args, model, tokenizer, texts, checkpoint)
-    if RANK == 0:
-        show_samples(args, model, tokenizer, texts[1], report["adapter_file"])
-    return report
-
-
-def add_and_fit(args, model, tokenizer, texts, checkpoint, **how):
-    """Train one new adapter of a frozen model; how: as fit_text takes it."""
-    options = dict(activation=args.ffba_activation) if args.adapter == "ffba" else {}
-    adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
-                                   **options)
-    parameters = flora.adapter_parameters(model, adapter_id)
-    say_sizes(args, model, parameters)
-    data = encode_data(args, texts, tokenizer)
-    report = fit_text(args, model, parameters, data, adapter_id, checkpoint, **how)
-    return finish_adapter(args, model, adapter_id, report)
 
 
 def load_base(args, device, dtype):
@@ -334,45 +296,50 @@ def load_base(args, device, dtype):
     return model, Tokenizer(folder)
 
 
-def fit_text(args, model, parameters, data, adapter_id, checkpoint, loss=loss_of, **more):
-    """`fit` on Data, with loss(model, x, y, adapter_ids) and `more` of its arguments -> the
-    report."""
+def new_adapter(args, model):
+    """Add the adapter that the flags describe -> (its id, {name: Parameter})."""
+    options = {name: getattr(args, f"{args.adapter}_{name}")
+               for name in flora.adapter_class(args.adapter).options}
+    adapter_id = flora.add_adapter(model, args.adapter, args.rank, args.targets, args.alpha,
+                                   **options)
+    parameters = flora.adapter_parameters(model, adapter_id)
+    say_sizes(args, model, parameters)
+    return adapter_id, parameters
+
+
+def text_task(args, model, data, adapter_id, loss=loss_of):
+    """What fit asks of a training on Data -> its (next_batch, loss, heldout).
+
+    loss(model, x, y, adapter_ids) -> the mean loss."""
     if args.fast:
         loss = extra("fast", "--fast").speed_up(model, args)
     ids = row_ids(adapter_id, args.batch_size // WORLD, model.wte.weight.device)
-    next_batch = partial(batch, data.tokens, args)
-    heldout = partial(heldout_loss, model, data, adapter_id, args.dtype)
 
     def loss_of_rows(model, x, y):
         return loss(model, x, y, ids)
 
-    log, rate = fit(model, parameters, next_batch, loss_of_rows, heldout, args, checkpoint, **more)
-    return make_report(args, model, parameters, data, log, rate)
-
-
-# --------------------------------------------------------------------------------------- the report
+    return (partial(batch, data.tokens, args), loss_of_rows,
+            partial(heldout_loss, model, data, adapter_id, args.dtype))
 
 
 def finish_adapter(args, model, adapter_id, report):
-    """Write OUT/adapter.safetensors, with a summary inside, and the report; returns the report."""
-    if RANK > 0:
-        return report
-    file = str(Path(args.out, "adapter.safetensors"))
+    """Write OUT/adapter.safetensors, with a summary inside, and the report -> the report."""
+    file = os.path.join(args.out, "adapter.safetensors")
     summary = {key: value for key, value in report.items() if key != "log"}
-    flags = {"--weights": args.weights, "--quantize": args.quantize, "--adapter": file}
-    used = [f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value]
     save = partial(flora.save_adapter, model, adapter_id, file, summary)
-    return finish(args, report | dict(adapter_file=file), " ".join(used), save)
+    return finish(args, report | dict(adapter_file=file), save)
 
 
-def show_samples(args, model, tokenizer, heldout, adapter_file):
+def show_samples(args, model, tokenizer, heldout, report):
     """Print how the base and the saved adapter go on in the middle of three held-out texts (many
     begin alike), by sampling. All are rows of one batch."""
+    if RANK > 0:
+        return
     given, new = min(32, args.block_size // 2), 40   # tokens
     middles = [text[text.find("\n", len(text) // 2) + 1:] for text in heldout[:3]]
     prompts = [tokenizer.encode(text, bos=True)[:given] for text in middles]
     rows = [prompt for prompt in prompts for _ in ("base", "adapter")]
-    ids = [flora.BASE, flora.load_adapter(model, adapter_file)] * len(prompts)
+    ids = [flora.BASE, flora.load_adapter(model, report["adapter_file"])] * len(prompts)
     texts = generate(model, rows, ids, max_new_tokens=new, temperature=0.8, seed=args.seed,
                      eos_id=tokenizer.eos_ids)
     texts = [new_text(tokenizer, text) for text in texts]
@@ -387,54 +354,14 @@ def show_samples(args, model, tokenizer, heldout, adapter_file):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, fromfile_prefix_chars="@",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_adapter_flags(parser.add_argument_group("what is trained").add_argument,
-                      flora.KINDS)
-    add_data_flags(parser.add_argument_group("on what").add_argument)
-    add_loop_flags(parser.add_argument_group("how").add_argument)
-    add_common_flags(parser, dtypes=["float32", "bfloat16"])
-    parser.set_defaults(weights=None)  # none without --weights starts from scratch
-    args = parser.parse_args(argv)
-    check_args(args, parser.error)
-    fill_in(args)
-    return args
-
-
-def check_args(args, error):
-    """Refuse flags that do not go together, by error(sentence)."""
-    counts = ["rank", "batch_size", "grad_accum", "block_size", "eval_tokens", "eval_every",
-              "n_layer", "n_head", "n_embd", "vocab_size"]
-    check_numbers(args, at_least_1=counts, at_least_0=["steps", "warmup", "seed"],
-                  above_0=["lr", "clip", "alpha"])
+    args = training_flags.parse_args(argv, __doc__, flora.KINDS)
+    kind, args.fixed_rank = None, None
     if args.adapter != "none":
-        flora.adapter_class(args.adapter)
-    if args.quantize and args.adapter == "none":
-        error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
-    if args.from_lora and args.adapter != "flora":
-        error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
-    if args.plot and not args.out:
-        error("--plot draws a PNG; name it with --out")
-    if args.from_lora and args.fast:
-        error("--fast is for a loss on text, not for --from-lora's; leave it out")
-    if args.from_lora and args.targets:
-        error("--from-lora takes the LoRA's targets; leave out --targets")
-
-
-def fill_in(args):
-    """The defaults that follow from other flags."""
-    if args.lr is None and args.adapter == "none":
-        args.lr = extra("pretrain", "--adapter none").LEARNING_RATE
-    elif args.lr is None:
-        args.lr = flora.adapter_class(args.adapter).learning_rate
-    if args.targets is None and args.adapter == "none":
-        args.targets = []
-    if args.warmup is None:
-        args.warmup = args.steps // 20
-    args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.tokens_per_step = args.batch_size * args.grad_accum * args.block_size
-    rank = "" if args.adapter in UNRANKED else f"-r{args.rank}"
-    args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
+        kind = flora.adapter_class(args.adapter)
+        args.fixed_rank = kind.fixed_rank
+    if args.lr is None:
+        args.lr = kind.learning_rate if kind else extra("pretrain", "--adapter none").LEARNING_RATE
+    return training_flags.fill_in(args)
 
 
 def main():

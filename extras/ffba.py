@@ -166,7 +166,7 @@ class FirstHalf(Half):
 
     def scaled(self, x, rows):
         bank, self.pair.columns = rows.bank, None
-        if bank.half is None:   # this layer's FFBA adapters have all been removed
+        if getattr(bank, "half", None) is None:   # NO_ROWS, or all FFBA adapters of the layer were removed
             return super().scaled(x, rows)
         if bank.fused is None:
             y = super().scaled(x, rows)
@@ -188,7 +188,7 @@ class SecondHalf(Half):
 
     def scaled(self, x, rows):
         columns, self.pair.columns = self.pair.columns, None
-        if rows.bank.half is None:
+        if getattr(rows.bank, "half", None) is None:
             return super().scaled(x, rows)
         fused = rows.bank.fused
         if fused is None:

@@ -12,9 +12,8 @@ PEFT, which has HiRA (extras/peft.py). As in PEFT, A starts as zeros and B at ra
 """
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from flora import LowRank
+from flora import LoRA, LowRank
 
 
 class HiRA(LowRank):
@@ -22,9 +21,7 @@ class HiRA(LowRank):
     kind = "hira"
     learning_rate = 4.5e-3   # of PEFT's own benchmark (method comparison, Llama-3.2-3B)
 
-    def reset_parameters(self):
-        nn.init.kaiming_uniform_(self.B.T, a=5**0.5)
-        nn.init.zeros_(self.A)
+    reset_parameters = LoRA.reset_parameters
 
     def scale(self, columns):
         lo, hi = self.columns

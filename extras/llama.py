@@ -83,7 +83,7 @@ def rotate(x, cos, sin):
 class LlamaAccess(NamedTuple):
     """model.CacheAccess, and the cos and sin [B or 1, T, 1, D / 2] by which its tokens are turned."""
     write: tuple | None
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None   # [B, 1, T, S]
     rope: tuple
 
 

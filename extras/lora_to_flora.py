@@ -15,8 +15,9 @@ import flora
 import train
 from flora import BASE
 from plumbing.files import BadInput
-from plumbing.processes import RANK, say
-from plumbing.report import say_sizes
+from plumbing.processes import RANK, interrupts, say
+from plumbing.report import make_report, say_sizes
+from plumbing.runs import begin
 
 # --------------------------------------------------------------------------------------- the fit
 
@@ -100,9 +101,15 @@ def distillation_loss(model, base_model, x, adapter_ids, teacher_ids):
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def copy_lora(args, device, texts, checkpoint):
-    """train.py's run for --from-lora: the fit, then --steps of distillation."""
-    model, tokenizer = train.load_base(args, device, getattr(torch, args.dtype))
+def copy_lora(args):
+    """train.py's run for --from-lora."""
+    with begin(args) as run:
+        return fit_and_distil(args, run)
+
+
+def fit_and_distil(args, run):
+    """The fit, then --steps of distillation -> the report."""
+    model, tokenizer = train.load_base(args, run.device, getattr(torch, args.dtype))
     teacher_id = flora.load_adapter(model, args.from_lora)
     model.requires_grad_(False)
     tick = time.time()
@@ -112,13 +119,16 @@ def copy_lora(args, device, texts, checkpoint):
               f"relative error of the weights {fit_error:.4f}")
     parameters = flora.adapter_parameters(model, adapter_id)
     say_sizes(args, model, parameters)
-    data = train.encode_data(args, texts, tokenizer)
+    data = train.encode_data(args, run.texts, tokenizer)
 
     def loss(student, x, y, adapter_ids):
         teacher_ids = torch.full_like(adapter_ids, teacher_id)
         return distillation_loss(student, model, x, adapter_ids, teacher_ids)
 
-    report = train.fit_text(args, model, parameters, data, adapter_id, checkpoint, loss)
+    task = train.text_task(args, model, data, adapter_id, loss)
+    with interrupts() as stop:
+        log, rate = train.fit(model, parameters, *task, train.loop_of(args), stop, run.checkpoint)
+    report = make_report(args, model, parameters, data, log, rate)
     if RANK > 0:
         return report
     targets = targets_of(flora.adapters_of(model, adapter_id))

@@ -79,7 +79,7 @@ def attend_to_cache(q, k, v, mask=None):
     if T > 1 or mask is None:
         return attend(q, k, v, mask)
     q = q.reshape(B, k.shape[1], -1, D)                                       # [B, K, H / K, D]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).view(B, H, 1, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, 1, D)
 
 
 def computes_bfloat16():

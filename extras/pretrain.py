@@ -11,7 +11,6 @@ was made by this, on the Python that a fresh environment has; the list serves to
 import argparse
 import itertools
 import os
-import shlex
 import sysconfig
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,9 @@ from model import GPT, GPTConfig
 from plumbing.files import BadInput
 from plumbing.flags import run_main
 from plumbing.outputs import open_output, write_json
-from plumbing.processes import RANK, WORLD
-from plumbing.report import finish, say_sizes
+from plumbing.processes import RANK, WORLD, interrupts
+from plumbing.report import finish, make_report, say_sizes
+from plumbing.runs import begin
 from plumbing.texts import drop_near_duplicates, find_files, read_texts
 from plumbing.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -113,22 +113,22 @@ def decay_groups(parameters):
     return [dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)]
 
 
-def pretrain(args, device, texts, checkpoint):
+def pretrain(args):
     """train.py's run for --adapter none: all parameters of the base train, in float32."""
-    if args.weights:
-        model, tokenizer = train.load_base(args, device, torch.float32)
-    else:
-        model, tokenizer = new_base(args, device, texts[0], checkpoint)
-    parameters = model.base_parameters()
-    say_sizes(args, model, parameters)
-    data = train.encode_data(args, texts, tokenizer)
-    report = train.fit_text(args, model, parameters, data, None, checkpoint,
-                            groups=decay_groups(parameters))
-    if RANK > 0:
-        return report
-    hint = f"--weights {shlex.quote(args.out)}"
-    return finish(args, report | dict(adapter_file=None), hint,
-                        partial(save_model, model, tokenizer, args))
+    with begin(args) as run:
+        if args.weights:
+            model, tokenizer = train.load_base(args, run.device, torch.float32)
+        else:
+            model, tokenizer = new_base(args, run.device, run.texts[0], run.checkpoint)
+        parameters = model.base_parameters()
+        say_sizes(args, model, parameters)
+        data = train.encode_data(args, run.texts, tokenizer)
+        task = train.text_task(args, model, data, None)
+        optimizer = train.adamw(decay_groups(parameters))
+        with interrupts() as stop:
+            log, rate = train.fit(model, parameters, *task, train.loop_of(args), stop, run.checkpoint, optimizer)
+        report = make_report(args, model, parameters, data, log, rate)
+        return finish(args, report | dict(adapter_file=None), partial(save_model, model, tokenizer, args))
 
 
 def save_model(model, tokenizer, args):

@@ -32,6 +32,7 @@ from plumbing.files import BadInput, read_json
 from plumbing.flags import add_common_flags, run_main
 from plumbing.outputs import PNG, check_writable, save_figure, write_each, write_json
 from plumbing.provenance import difference, provenance
+from plumbing.runs import outputs as run_outputs
 from plumbing.texts import load_texts
 
 TRAIN = train.__file__
@@ -75,7 +76,7 @@ def losses(args):
 def outputs(args):
     """Inside, no other table is made in --out; what cannot be written is found out before."""
     args.json = args.json or f"{args.out}/table.json"
-    with train.outputs(args):
+    with run_outputs(args):
         check_writable(args.png, "--png", PNG, make_folder=True)
         if "--fast" in size_flags(args):
             check_packs(getattr(torch, args.dtype))

@@ -33,11 +33,13 @@ import flora
 import train
 from extras.results import many as table_of
 from extras.table1 import CORPORA
+from plumbing import runs as training_runs
 from plumbing.files import BadInput, read_json
 from plumbing.flags import check_numbers, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.processes import WORLD, interrupts, start_processes
 from plumbing.provenance import provenance
+from plumbing.report import make_report
 
 ONE_OR_EACH = ("adapter", "rank", "lr", "steps", "seed")   # flags of one value, or one per adapter
 
@@ -125,8 +127,8 @@ def train_many(runs):
         for name, mine in runs.items():
             print(f"{name}:")
             mine.targets = mine.targets or flora.default_targets(model, mine.adapter)
-            outputs.enter_context(train.outputs(mine))
-            prepared[name] = train.prepare(mine)
+            outputs.enter_context(training_runs.outputs(mine))
+            prepared[name] = training_runs.prepare(mine)
         return fit_together(runs, model, tokenizer, prepared)
 
 
@@ -138,9 +140,8 @@ def fit_together(runs, model, tokenizer, prepared):
     def train_one(name, checkpoint, texts, stop):
         with together.turn:
             try:
-                torch.manual_seed(runs[name].seed)
-                reports[name] = train.add_and_fit(runs[name], model, tokenizer, texts, checkpoint,
-                                                  loss=partial(together.loss, name), stop=stop)
+                reports[name] = train_with(runs[name], model, tokenizer, texts, checkpoint,
+                                           partial(together.loss, name), stop)
             except FloatingPointError as e:
                 failed[name] = str(e)
                 print(f"{name}: {e}", file=sys.stderr)
@@ -160,6 +161,17 @@ def fit_together(runs, model, tokenizer, prepared):
     if errors:
         raise next((e for e in errors if not isinstance(e, KeyboardInterrupt)), errors[0])
     return reports, failed, together.rate()
+
+
+def train_with(args, model, tokenizer, texts, checkpoint, loss, stop):
+    """One of the trainings, as train.train runs it, with a loss of its own -> its report."""
+    torch.manual_seed(args.seed)
+    adapter_id, parameters = train.new_adapter(args, model)
+    data = train.encode_data(args, texts, tokenizer)
+    task = train.text_task(args, model, data, adapter_id, loss)
+    log, rate = train.fit(model, parameters, *task, train.loop_of(args), stop, checkpoint)
+    report = make_report(args, model, parameters, data, log, rate)
+    return train.finish_adapter(args, model, adapter_id, report)
 
 
 def summarize(reports, failed, rate, file):

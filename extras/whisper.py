@@ -43,10 +43,11 @@ from plumbing.checkpoints import check_same, flags_of, open_checkpoint
 from plumbing.files import BadInput, existing_file, open_file, read_json
 from plumbing.flags import check_numbers, get_device, run_main
 from plumbing.outputs import JSON, check_writable, write_json
-from plumbing.processes import WORLD, say
+from plumbing.processes import WORLD, interrupts, say
 from plumbing.prompts import one_each
 from plumbing.provenance import base_digest, difference, digest, peak_memory, provenance
 from plumbing.report import count, say_sizes
+from plumbing.runs import outputs
 
 MODEL = Whisper   # model.py finds it by config.json's model_type
 
@@ -237,8 +238,9 @@ def fit_adapter(args):
     speed_up(model, args)
     batches = partial(next_batch, clips, writing, args, model.config.n_positions)
     measure = partial(heldout_loss, model, heldout, writing, adapter_id, args)
-    log, rate = train.fit(model, parameters, batches, partial(loss_of, adapter_id), measure, args,
-                          checkpoint)
+    with interrupts() as stop:
+        log, rate = train.fit(model, parameters, batches, partial(loss_of, adapter_id), measure,
+                              train.loop_of(args), stop, checkpoint)
     return model, writing, adapter_id, make_report(args, model, parameters, log, rate)
 
 
@@ -288,7 +290,7 @@ def made_with(args):
 def train_adapter(args):
     """`train`: one training, its word error rates before and after, and its files."""
     load_jiwer()
-    with train.outputs(args):
+    with outputs(args):
         model, writing, adapter_id, report = fit_adapter(args)
         before = score(model, writing, split_of(args, "test"), BASE, args)
         report = finish(args, model, writing, adapter_id, report | dict(before=before))
@@ -367,7 +369,7 @@ def table(args):
     on the first folder."""
     load_jiwer()
     args.json = args.json or f"{args.out}/table.json"
-    with train.outputs(args):
+    with outputs(args):
         folders = dict(named_folder(spec) for spec in args.data)
         sweep = tune(args, *next(iter(folders.items())))
         rates = {method: min(tried, key=tried.get) for method, tried in sweep.items()}
@@ -608,7 +610,7 @@ def fill_in(args):
     args.warmup = args.steps // 20 if args.warmup is None else args.warmup
     args.eval_every = args.eval_every or max(1, args.steps // 3)
     args.tokens_per_step = args.batch_size * args.window * 50   # positions of the encoder
-    rank = "" if args.adapter in train.UNRANKED else f"-r{args.rank}"
+    rank = "" if flora.adapter_class(args.adapter).fixed_rank else f"-r{args.rank}"
     args.out = args.out or f"out/whisper/{args.language}-{args.adapter}{rank}"
 
 

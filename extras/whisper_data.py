@@ -41,6 +41,7 @@ from tqdm import tqdm
 from extras.whisper_model import RATE, Whisper, WhisperConfig, check_audio, read_sound
 from plumbing.files import BadInput, check_weights, existing_file, open_file
 from plumbing.flags import run_main
+from plumbing.folders import check_shapes
 from plumbing.outputs import open_output, write_json
 
 # ------------------------------------------------------------------------ weights, from CTranslate2
@@ -76,7 +77,7 @@ def weights(args):
     tokens = {token["content"]: token["id"] for token in added}
     model = Whisper(config_of(state, heads, tokens)).to(torch.float16)
     shapes = {name: (args.files[0], tensor.shape) for name, tensor in state.items()}
-    model.check_shapes(shapes, args.out)
+    check_shapes(model, shapes, args.out)
     for name, tensor in state.items():
         check_weights(name, tensor, args.files[0])
     model.load_state_dict(state)

@@ -1,5 +1,7 @@
 """A training's checkpoint: written as it goes, and gone on from by --resume if base, data and flags
 are the same."""
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -59,6 +61,14 @@ def check_same(checkpoint, args):
         raise BadInput(f"{file} was made with {other}; give the same flags to --resume")
 
 
+def interrupted_at(step, loop):
+    """Say how a run that was stopped goes on, and raise KeyboardInterrupt."""
+    resume = [] if loop.resume else ["--resume"]
+    command = shlex.join([sys.executable, *sys.argv, *resume])
+    say(f"interrupted at step {step}; go on with: {command}")
+    raise KeyboardInterrupt
+
+
 CHECKPOINT = {"step": int, "trained": {}, "optimizer": {}, "args": {},
               "log": [{"step": int, "heldout_loss": float, "seconds": float}]}
 
@@ -97,21 +107,21 @@ def restore(checkpoint, parameters, optimizer):
     return checkpoint["step"], checkpoint["log"]
 
 
-def save_checkpoint(step, parameters, optimizer, log, args):
+def save_checkpoint(step, parameters, optimizer, log, loop):
     if RANK > 0:
         return
     state = dict(step=step, trained=parameters, optimizer=optimizer.state_dict(), log=log,
-                 args=getattr(args, "made_with", {}))
+                 args=loop.made_with)
     try:
-        with open_output(Path(args.out, "checkpoint.pt")) as f:
+        with open_output(Path(loop.out, "checkpoint.pt")) as f:
             torch.save(state, f)
     except BadInput as e:
-        raise BadInput(f"{e} at step {step}; {kept(args)}") from None
+        raise BadInput(f"{e} at step {step}; {kept(loop)}") from None
 
 
-def kept(args):
+def kept(loop):
     """What is kept of a run that stops before its end."""
-    file = Path(args.out, "checkpoint.pt")
+    file = Path(loop.out, "checkpoint.pt")
     if file.exists():
         return f"the last good checkpoint is kept in {file}"
     return "no checkpoint was written yet"

@@ -1,7 +1,26 @@
 """What bench.py prints and draws of its results."""
+import os
+
 import numpy as np
 
 from plumbing.outputs import save_figure
+from plumbing.provenance import provenance
+
+def describe(args, model, workload):
+    """What is measured, on what: the head of the results."""
+    prompts, outputs = np.array([(len(prompt), output) for prompt, output in workload]).T
+    totals, folder = prompts + outputs, os.path.basename(os.path.abspath(args.weights))
+    return provenance(model.wte.weight.device) | dict(
+        dtype=args.dtype,
+        model=dict(name=f"{args.model}, random weights" if args.model else folder,
+                   parameters=sum(p.numel() for p in model.base_parameters().values()),
+                   quantize=args.quantize, attention=args.attention, compile=args.compile),
+        workload=dict(source=args.dataset or "synthetic", requests=len(workload), scale=args.scale,
+                      seed=args.seed, prompt_tokens_mean=float(prompts.mean()),
+                      new_tokens_mean=float(outputs.mean()), total_tokens_min=int(totals.min()),
+                      total_tokens_max=int(totals.max()), slots=args.slots,
+                      num_adapters=args.num_adapters, ranks=args.ranks, repeats=args.repeats))
+
 
 COLUMNS = [   # of the table, beside those that every mode has: (title, width, format, key of a row)
     ("s/token mean", 14, ".4f", "seconds_per_output_token_mean"),

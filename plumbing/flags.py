@@ -60,11 +60,12 @@ def get_device(name):
 
 
 def set_up(model, args):
-    """Do to a model what --attention and --quantize say."""
+    """Do to a model what --attention and --quantize say -> the model."""
     model.set_attention(args.attention == "flash")
     if args.quantize:
         int8 = extra("int8", f"--quantize {args.quantize}")
         int8.quantize_int8(model, dynamic=args.quantize == "int8-dynamic")
+    return model
 
 
 def run_main(main):

@@ -9,7 +9,10 @@ from plumbing.files import BadInput
 
 
 def check_request(request, length, config):
-    """BadInput for a Request whose prompt or settings an engine of `length` tokens cannot run."""
+    """BadInput for a Request that was refused before, or whose prompt or settings an engine of
+    `length` tokens cannot run."""
+    if request.error:
+        raise BadInput(request.error)
     prompt, room = request.prompt, f"the {length} of a slot (length)"
     if length == config.n_positions:
         room = f"the model's context of {length} (n_positions)"

@@ -1,11 +1,12 @@
 """What a training tells at its end: printed, and as JSON."""
+import shlex
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from plumbing.outputs import write_each, write_json
-from plumbing.processes import say
+from plumbing.processes import RANK, say
 from plumbing.provenance import peak_memory, provenance
 
 
@@ -23,7 +24,7 @@ def make_report(args, model, parameters, data, log, rate):
     """What --json and OUT/log.json hold; bpb: bits per byte of held-out text."""
     before, after = log[0]["heldout_loss"], log[-1]["heldout_loss"]
     return provenance(model.wte.weight.device) | dict(
-        adapter=args.adapter, rank=0.5 if args.adapter == "ia3" else args.rank,
+        adapter=args.adapter, rank=args.fixed_rank or args.rank,
         targets=args.targets, lr=args.lr, seed=args.seed, steps=args.steps,
         batch_size=args.batch_size, block_size=args.block_size,
         tokens_seen=args.steps * args.tokens_per_step,
@@ -37,9 +38,10 @@ def make_report(args, model, parameters, data, log, rate):
         torch=torch.__version__, made_with=args.made_with, log=log)
 
 
-def finish(args, report, hint, save):
-    """Print the report, save() what was trained, write the report; what cannot be written stops
-    none of the others. hint: generate.py's flags for what was trained."""
+def finish(args, report, save):
+    """Print the report, save() what was trained, write the report: each even if another fails."""
+    if RANK > 0:
+        return report
     say(f"held-out loss {report['heldout_loss_before']:.4f} -> {report['heldout_loss_after']:.4f} "
         f"nats/token, {report['heldout_bpb_before']:.4f} -> {report['heldout_bpb_after']:.4f} "
         "bits/byte\n"
@@ -47,6 +49,9 @@ def finish(args, report, hint, save):
         f"peak memory {report['peak_memory_bytes'] / 2**20:.0f} MiB")
     files = {str(Path(args.out, "log.json")), args.json} - {None}
     write_each(save, *(partial(write_json, file, report) for file in sorted(files)))
+    weights = args.weights if report["adapter_file"] else args.out
+    flags = {"--weights": weights, "--quantize": args.quantize, "--adapter": report["adapter_file"]}
+    used = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value)
     say(f"saved {report['adapter_file'] or args.out}; try it:\n"
-        f"  python generate.py {hint} --prompt 'namespace at {{' --temperature 0.8")
+        f"  python generate.py {used} --prompt 'namespace at {{' --temperature 0.8")
     return report

@@ -1,4 +1,21 @@
-"""The flags of train.py, some of which extras share."""
+"""The flags of train.py, which of them go together, and the defaults that follow from others."""
+import argparse
+
+from plumbing.flags import add_common_flags, check_numbers
+
+
+def parse_args(argv, description, kinds):
+    """The flags; --lr is None where it was not given. kinds: the core's kinds of adapters."""
+    parser = argparse.ArgumentParser(description=description, fromfile_prefix_chars="@",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_adapter_flags(parser.add_argument_group("what is trained").add_argument, kinds)
+    add_data_flags(parser.add_argument_group("on what").add_argument)
+    add_loop_flags(parser.add_argument_group("how").add_argument)
+    add_common_flags(parser, dtypes=["float32", "bfloat16"])
+    parser.set_defaults(weights=None)   # none without --weights starts from scratch
+    args = parser.parse_args(argv)
+    check_args(args, parser.error)
+    return args
 
 
 def add_adapter_flags(add, kinds):
@@ -51,3 +68,35 @@ def add_loop_flags(add):
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add("--plot", nargs="+", metavar="JSON",
         help="no training: draw these runs' held-out losses into --out PNG")
+
+
+def check_args(args, error):
+    """Refuse flags that do not go together, by error(sentence)."""
+    counts = ["rank", "batch_size", "grad_accum", "block_size", "eval_tokens", "eval_every",
+              "n_layer", "n_head", "n_embd", "vocab_size"]
+    check_numbers(args, at_least_1=counts, at_least_0=["steps", "warmup", "seed"],
+                  above_0=["lr", "clip", "alpha"])
+    if args.quantize and args.adapter == "none":
+        error("--quantize int8 freezes the base; it cannot be trained with --adapter none")
+    if args.from_lora and args.adapter != "flora":
+        error(f"--from-lora makes a FLoRA; it does not go with --adapter {args.adapter}")
+    if args.plot and not args.out:
+        error("--plot draws a PNG; name it with --out")
+    if args.from_lora and args.fast:
+        error("--fast is for a loss on text, not for --from-lora's; leave it out")
+    if args.from_lora and args.targets:
+        error("--from-lora takes the LoRA's targets; leave out --targets")
+
+
+def fill_in(args):
+    """The defaults that follow from other flags -> args."""
+    if args.targets is None and args.adapter == "none":
+        args.targets = []
+    if args.warmup is None:
+        args.warmup = args.steps // 20
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    args.tokens_per_step = args.batch_size * args.grad_accum * args.block_size
+    rank = "" if args.fixed_rank or args.adapter == "none" else f"-r{args.rank}"
+    args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
+    args.made_with = {}   # filled in by plumbing/runs.py
+    return args
