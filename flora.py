@@ -24,6 +24,7 @@ from torch import nn
 from plumbing.adapter_files import named_parameters, read_adapter, write_adapter
 from plumbing.files import BadInput
 from plumbing.registry import extra, find
+from plumbing.targets import check_rank, default_targets as defaults, layers_of
 
 BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
 
@@ -281,7 +282,7 @@ NO_ROWS = Rows(Bank(None, None, None, None, None), torch.zeros(1, dtype=torch.in
 
 def lora_addend(x, rows):
     """LoRA's addend, an adapter per example or per token: x [b, T, d] -> [b, T, k]."""
-    A, B = rows["added_A"], rows["added_B"]                  # [b, n, r, k], [b, n, r, d], n is 1 or T
+    A, B = rows["added_A"], rows["added_B"]                  # [b, n, r, k or d], n being 1 or T
     b, T, d = x.shape
     x = x.reshape(b * A.shape[1], -1, d)                     # [b n, T / n, d]
     return lora_bmm(x, A.flatten(0, 1), B.flatten(0, 1).mT).view(b, T, -1)
@@ -401,7 +402,7 @@ def adapter_layers(model):
 
 
 def set_path(model, path):
-    """Compute FLoRA by Eq. 6 ("expand"), by Eq. 4 ("materialise") or as choose_path says ("auto")."""
+    """Compute FLoRA by Eq. 6 ("expand"), Eq. 4 ("materialise") or as choose_path says ("auto")."""
     if path not in ("auto", *PATHS):
         raise BadInput(f'path is {path!r}; use "auto", "expand" or "materialise"')
     for _, layer in adapter_layers(model):
@@ -410,35 +411,20 @@ def set_path(model, path):
 
 def default_targets(model, kind):
     """Where an adapter of a kind goes by default: PEFT's places for LoRA and IA3."""
-    places = adapter_class(kind).places or model.DEFAULT_TARGETS.get(kind)
-    return list(places or model.DEFAULT_TARGETS["flora"])
+    return defaults(model, adapter_class(kind))
 
 
 def make_adapters(model, kind, rank, targets=None, alpha=8.0, device=None, **options):
     """{layer name: new Adapter} for every layer of `model` that one of `targets` names; on that
     layer's device, or on `device`: "meta" takes no memory."""
-    adapter = adapter_class(kind)
-    rank = adapter.fixed_rank or rank
-    if not adapter.fixed_rank and (type(rank) is not int or rank < 1):
-        raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
-    places = adapter.places or {target: [(end, {})] for target, end in model.TARGETS.items()}
-    if targets is None:
-        targets = default_targets(model, kind)
-    elif "all" in targets:
-        targets = [target for target in places if model.columns(target) is None]
-    layers, made = dict(adapter_layers(model)), {}
-    for target in targets:
-        if target not in places:
-            raise BadInput(f"unknown target {target!r}; use one of {', '.join(places)}, or all")
-        for end, more in places[target]:
-            for name in [name for name in layers if name.endswith("." + end)]:
-                if name in made:
-                    raise BadInput(f"targets {' '.join(targets)} adapt {name} twice; name it once")
-                k, d = layers[name].weight.shape
-                with torch.device(device or "cpu"):
-                    new = adapter(rank, target, d, k, model.columns(target), alpha,
-                                  target in model.SCALES_INPUT, **more, **options)
-                made[name] = new.to(device or layers[name].weight.device)
+    kind = adapter_class(kind)
+    rank, layers, made = check_rank(kind, rank), dict(adapter_layers(model)), {}
+    for target, name, more in layers_of(model, kind, targets, layers):
+        k, d = layers[name].weight.shape
+        with torch.device(device or "cpu"):
+            new = kind(rank, target, d, k, model.columns(target), alpha,
+                       target in model.SCALES_INPUT, **more, **options)
+        made[name] = new.to(device or layers[name].weight.device)
     return made
 
 
@@ -541,9 +527,8 @@ def load_adapter(model, file):
     """Add the adapter that save_adapter wrote to `file`, or that of a PEFT folder (extras/peft.py);
     returns its id.
 
-    Raises BadInput if the file is missing, truncated or not an adapter, if its kind is unknown, if
-    it was trained on another base, or if a tensor is missing, left over, of the wrong shape or type
-    or not finite.
+    Raises BadInput, naming the file, for one that is damaged, that was trained on another base, or
+    whose kind, targets or tensors do not fit.
     """
     if os.path.isdir(file):
         return extra("peft", f"the PEFT folder {file}").load_peft(model, file)

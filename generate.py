@@ -9,7 +9,6 @@ Text goes to standard output as it comes (with several prompts line by line, eac
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
 import contextlib
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -24,9 +23,10 @@ from model import GPT
 from plumbing.files import BadInput
 from plumbing.flags import get_device, get_dtype, run_main, set_up
 from plumbing.generate_flags import parse_args
-from plumbing.outputs import JSON, check_writable, write_json
-from plumbing.prompts import TextPrinter, check_request, encode_prompts, read_prompts, stop_check
+from plumbing.outputs import JSON, check_writable
+from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
 from plumbing.registry import extra
+from plumbing.requests import DIVERGED, as_list, check_request, fits_in_memory, refuse_failed
 from plumbing.tokenizer import Tokenizer
 
 
@@ -55,13 +55,6 @@ def sample(logits, temperature, top_k, top_p, u):
 
 
 NOT_FINITE = -1   # in the place of a token, where a row's logits are NaN or infinite
-
-
-def as_list(ids):
-    """None, an id or several -> a list."""
-    if ids is None:
-        return []
-    return [ids] if isinstance(ids, int) else list(ids)
 
 
 @dataclass(eq=False)
@@ -98,9 +91,8 @@ class Engine:
     (prefill); picks a token for every running request; frees the slots of those that ended; and
     runs the model once, one token each, for the others (decode). Running requests fill slots
     0 .. n - 1 of one static KV cache, and only these are computed: the last moves into the slot of
-    one that ends.
-    In float32 a request's tokens are those that it gets alone; in half precision a near-tie may
-    fall the other way. One whose logits are not finite fails, and leaves nothing in its slot.
+    one that ends. In float32 a request's tokens are those that it gets alone; in half precision a
+    near-tie may fall the other way.
 
     slots: how many run at once. length: tokens a slot holds, prompt and new (default: the context).
     max_batched_tokens: of one step, padding included; a longer prompt waits until it runs alone.
@@ -121,7 +113,8 @@ class Engine:
         self.events = {}                      # {request: its new ids} that step() has yet to report
         self.unread = []                      # tokens [n] of each step since the last sync
         self.logits = None                    # [n, vocab] of the token that comes next
-        self.kv_cache = self.new_kv_cache()   # [n_layer, 2, slots, K, S, D]
+        with fits_in_memory(f"a KV cache of {slots} slots of {self.length} tokens"):
+            self.kv_cache = model.new_kv_cache(slots, self.length)   # [n_layer, 2, slots, K, S, D]
         self.written = 0                      # of S, at most, by any request so far
         zeros = partial(torch.zeros, slots, device=device)
         self.table = dict(                    # a row per slot; the first n are running requests
@@ -132,13 +125,6 @@ class Engine:
             u=torch.zeros(slots, self.length + 1, device=device),   # uniform in [0, 1), by position
         )
         model.pack()
-
-    def new_kv_cache(self):
-        try:
-            return self.model.new_kv_cache(self.slots, self.length)
-        except RuntimeError as e:   # of the allocator
-            raise BadInput(f"a KV cache of {self.slots} slots of {self.length} tokens does not fit "
-                           f"in memory ({str(e).splitlines()[0]}); use fewer --slots") from None
 
     # what a caller does
 
@@ -292,7 +278,7 @@ class Engine:
         self.table["position"][:n] += 1
 
     def sync(self):
-        """Read the tokens of the steps since the last sync; free the slots of requests that ended."""
+        """Read the tokens since the last sync; free the slots of requests that ended."""
         tokens, self.unread = torch.stack(self.unread, 1).tolist(), []        # n lists
         now = time.perf_counter()
         for request, ids in zip(self.running, tokens):
@@ -310,9 +296,7 @@ class Engine:
         fresh = self.events.setdefault(request, [])
         for token in tokens:
             if token == NOT_FINITE:
-                return self.fail(request, "its logits are not finite: its adapter or its prompt's "
-                                 "values diverged, or overflow this dtype; use --dtype float32 or "
-                                 "another adapter")
+                return self.fail(request, DIVERGED)
             request.ids.append(token)
             fresh.append(token)
             full = len(request.ids) == request.max_new_tokens
@@ -391,13 +375,6 @@ def generate(model, prompts, adapter_ids=None, **settings):
     return [request.ids for request in requests]
 
 
-def refuse_failed(requests):
-    """BadInput that tells why rows failed, if any did."""
-    failed = [f"prompt {row}: {r.error}" for row, r in enumerate(requests, 1) if r.error]
-    if failed:
-        raise BadInput("; ".join(failed))
-
-
 # -------------------------------------------------------------------------------------- the command
 
 
@@ -451,13 +428,7 @@ def main():
 
     start = time.time()
     texts = run_and_print(engine, requests, tokenizer, prompts, args.stop)
-    seconds, count = time.time() - start, sum(len(request.ids) for request in requests)
-    print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, "
-          f"batch {len(prompts)}, {args.dtype} on {args.device}", file=sys.stderr)
-    if args.json:
-        rows = zip(prompts, names, requests, texts)
-        write_json(args.json, [dict(prompt=p, adapter=a, tokens=r.ids, text=t, error=r.error)
-                               for p, a, r, t in rows])
+    report_texts(args, prompts, names, requests, texts, time.time() - start)
     refuse_failed(requests)
 
 

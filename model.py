@@ -71,7 +71,7 @@ def attend(q, k, v, mask=None, flash=True):
     """Grouped-query attention: q [B, H, T, D] over k, v [B, K, S, D], H / K query heads to each key
     head (K = 1 is multi-query attention) -> [B, H, T, D].
 
-    mask [B, 1, T, S], in q's dtype: 0 where a query may look, otherwise -inf; None is causal, S = T.
+    mask [B, 1, T, S], in q's dtype: 0 where a query may look, or -inf; None is causal, S = T.
     flash=False writes the scores out, as the paper's measurements did (no FlashAttention). All
     query heads of a key head are rows of one matmul: for one token on a CPU that is faster.
     """

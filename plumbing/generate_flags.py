@@ -3,7 +3,7 @@ import argparse
 
 from plumbing.files import BadInput
 from plumbing.flags import add_common_flags, check_numbers
-from plumbing.prompts import check_settings
+from plumbing.requests import check_settings
 
 
 def parse_args(argv=None, description=None):

@@ -2,40 +2,10 @@
 
 Text is shown as it comes: what is printed only ever grows, and at the end is the text reported.
 """
-import reprlib
 import sys
 
 from plumbing.files import BadInput
-
-
-def check_request(request, length, config):
-    """BadInput for a Request that was refused before, or whose prompt or settings an engine of
-    `length` tokens cannot run."""
-    if request.error:
-        raise BadInput(request.error)
-    prompt, room = request.prompt, f"the {length} of a slot (length)"
-    if length == config.n_positions:
-        room = f"the model's context of {length} (n_positions)"
-    if len(prompt) > length:
-        raise BadInput(f"a prompt has {len(prompt)} tokens, more than {room}; shorten it, "
-                       "or use --truncate")
-    if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-        raise BadInput(f"a prompt has token ids outside 0 to {config.vocab_size - 1}; "
-                       "encode it with this model's tokenizer")
-    check_settings(request)
-
-
-def check_settings(r):
-    """BadInput for settings of a Request, or flags of these names, that are out of range."""
-    if not (r.temperature >= 0 and r.top_k >= 0 and 0 < r.top_p <= 1):
-        raise BadInput(f"temperature {reprlib.repr(r.temperature)}, top_k {reprlib.repr(r.top_k)}, "
-                       f"top_p {r.top_p}: the first two must be at least 0, top_p in (0, 1]")
-    for name, least, most in [("temperature", 0, 1e9), ("top_k", 0, 2**31),
-                              ("max_new_tokens", 1, 2**31), ("seed", 0, 2**62)]:
-        value = getattr(r, name)
-        if not least <= value <= most:
-            raise BadInput(f"{name} is {reprlib.repr(value)}; it must be from {least} to "
-                           f"{most:.4g}")
+from plumbing.outputs import write_json
 
 
 def read_prompts(args):
@@ -168,3 +138,14 @@ class TextPrinter:
             lines.append(self.pending[row])
         for line in lines:
             print(f"[{row + 1}] {line}", flush=True)
+
+
+def report_texts(args, prompts, names, requests, texts, seconds):
+    """Tell the speed on standard error, and write --json."""
+    count = sum(len(request.ids) for request in requests)
+    print(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens/s, "
+          f"batch {len(prompts)}, {args.dtype} on {args.device}", file=sys.stderr)
+    if args.json:
+        rows = zip(prompts, names, requests, texts)
+        write_json(args.json, [dict(prompt=p, adapter=a, tokens=r.ids, text=t, error=r.error)
+                               for p, a, r, t in rows])
