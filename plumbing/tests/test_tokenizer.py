@@ -128,3 +128,75 @@ def test_text_that_the_model_has_no_ids_for_is_refused_by_tokenizer_and_training
                        "--block-size", 8)
     with pytest.raises(BadInput, match="token id 300"):
         train.train(train.parse_args(flags))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A tokenizer.model of Llama 2's kind of 310 pieces: <unk>, <s>, </s>, bytes, a space before
+    each text."""
+    import sentencepiece
+    file = tmp_path_factory.mktemp("pieces") / "tokenizer.model"
+    lines = ["the quick brown fox jumps over the lazy dog", "hello world answer question"] * 50
+    with open(file, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=310,
+            byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+            remove_extra_whitespaces=False)
+    return file
+
+
+def piece_tokenizer(pieces, folder, decoder={}, **config):
+    """The Tokenizer of a folder with transformers' tokenizer_config.json."""
+    folder.mkdir()
+    shutil.copy(pieces, folder)
+    decoder = {"2": dict(content="</s>", special=True)} | decoder
+    values = dict(add_bos_token=True, legacy=True, added_tokens_decoder=decoder) | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return Tokenizer(folder)
+
+
+def test_special_tokens_in_a_text_are_the_ids_that_transformers_gives_them(pieces, tmp_path):
+    extra = dict(content="<|im_end|>", special=True)
+    plain = piece_tokenizer(pieces, tmp_path / "plain")
+    chat = piece_tokenizer(pieces, tmp_path / "chat", {"310": extra})
+    hello, hello_space, world = map(plain.encode, ("hello", "hello ", "world"))
+    assert plain.encode("hello </s><s>world", bos=True) == [1, *hello_space, 2, 1, *world]
+    assert plain.encode("<unk>hello") == [0, *hello]
+    assert chat.encode("hello<|im_end|>", bos=True) == [1, *hello, 310]
+    assert chat.token_id("<|im_end|>") == 310 and plain.token_id("<|im_end|>") is None
+    stripping = piece_tokenizer(pieces, tmp_path / "rstrip", {"310": extra | dict(rstrip=True)})
+    assert stripping.encode("hello<|im_end|>\n world") == [*hello, 310, *world]
+    bare = tmp_path / "bare"   # no tokenizer_config.json: the control pieces alone
+    bare.mkdir()
+    shutil.copy(pieces, bare)
+    for tokenizer in (plain, chat, Tokenizer(bare)):
+        assert tokenizer.encode("hello</s>world") == [*hello, 2, *world]
+        for text in ("</s> hello <s>\n<unk>", " <|im_end|> hello", "a</s>", "<s>▁</s>"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_tokenizer_config_says_whether_a_bos_and_where_a_space_is_put(pieces, tmp_path):
+    def tokenizer(name, **config):
+        return piece_tokenizer(pieces, tmp_path / name, **config)
+
+    hello = tokenizer("plain").encode("hello")
+    for name, bos, config in [("yes", 1, dict(add_bos_token=True)),
+                              ("no", None, dict(add_bos_token=False)),
+                              ("null", None, dict(add_bos_token=None)),
+                              ("other", 2, dict(bos_token="</s>")),
+                              ("object", 2, dict(bos_token=dict(content="</s>")))]:
+        assert tokenizer(name, **config).bos_id == bos
+        assert tokenizer(name + "2", **config).encode("hello", bos=True) == [bos] * bool(bos) + hello
+    modern = tokenizer("modern", legacy=False)   # the space is put before the first part alone
+    assert modern.encode("hello</s> hello") == [*hello, 2, *hello]
+    assert modern.encode("hello</s>hello") != modern.encode("hello</s> hello")
+    for text in ("hello</s>hello", "hello</s> hello", "</s>hello", "</s> hello", " </s>▁ x"):
+        assert modern.decode(modern.encode(text)) == text
+
+
+def test_what_looks_like_a_special_token_in_code_is_code_to_the_embedded_model():
+    tokenizer = Tokenizer(EMBEDDED)
+    for text in ("<|endoftext|>", "x = '<unk>'", "</s><s>"):
+        ids = tokenizer.encode(text)
+        assert min(ids) > 1 and tokenizer.decode(ids) == text
+    assert tokenizer.bos_id is None
