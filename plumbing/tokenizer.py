@@ -128,9 +128,9 @@ class JsonTokenizer:
 
 
 class PieceTokenizer:
-    """tokenizer.model, by `sentencepiece`, with the tokens that the files beside it add. The ids are
-    those of transformers' AutoTokenizer, but for a space that follows an added token or begins a
-    text: here it comes back."""
+    """tokenizer.model, by `sentencepiece`, with the tokens that the files beside it add. The ids
+    are those of transformers' AutoTokenizer, but for a space that follows an added token or begins
+    a text: here it comes back."""
 
     def __init__(self, file):
         from sentencepiece import SentencePieceProcessor

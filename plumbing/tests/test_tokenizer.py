@@ -186,7 +186,8 @@ def test_a_tokenizer_config_says_whether_a_bos_and_where_a_space_is_put(pieces, 
                               ("other", 2, dict(bos_token="</s>")),
                               ("object", 2, dict(bos_token=dict(content="</s>")))]:
         assert tokenizer(name, **config).bos_id == bos
-        assert tokenizer(name + "2", **config).encode("hello", bos=True) == [bos] * bool(bos) + hello
+        ids = tokenizer(name + "2", **config).encode("hello", bos=True)
+        assert ids == [bos] * bool(bos) + hello
     modern = tokenizer("modern", legacy=False)   # the space is put before the first part alone
     assert modern.encode("hello</s> hello") == [*hello, 2, *hello]
     assert modern.encode("hello</s>hello") != modern.encode("hello</s> hello")
