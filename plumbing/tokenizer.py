@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 
-from plumbing.files import BadInput, check, existing_file, is_a, read_json
+from plumbing.files import BadInput, check, existing_file, existing_folder, is_a, read_json
 from plumbing.folders import read_ends
 from plumbing.outputs import open_output
 
@@ -25,7 +25,8 @@ class Tokenizer:
     of Llama 2's kind, which takes it for a space.
 
     eos_ids: what ends a text: the eos_token_id, one or several, of generation_config.json, or of
-    config.json, or the first of EOS_TOKENS that it has. eos_id: the first of them.
+    config.json, or the first of EOS_TOKENS that it has. One outside of the model's vocabulary
+    is left out. eos_id: what stands between texts: the first of them, or of EOS_TOKENS, or 0.
     bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
     fim_ids: the ids of FIM_TOKENS, or None. byte_ids: the tokens that are one byte of a character.
     """
@@ -33,7 +34,7 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = folder
         names = ("tokenizer.json", "tokenizer.model")
-        files = [file for file in (os.path.join(folder, name) for name in names)
+        files = [file for file in (os.path.join(existing_folder(folder), name) for name in names)
                  if os.path.exists(file)]
         if not files:
             raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
@@ -46,30 +47,29 @@ class Tokenizer:
             raise BadInput(f"{file}: not a readable tokenizer ({e})") from e
         self.vocab_size, self.bos_id = self.backend.vocab_size, self.backend.bos_id
         self.token_id = self.backend.token_id   # (text of a token) -> its id, or None
-        self.limit, self.eos_ids = self.read_configs()
-        self.eos_id = self.eos_ids[0]
+        self.limit, self.eos_ids, self.eos_id = self.read_configs()
         byte_ids = (self.token_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = {i for i in byte_ids if i is not None}
         fim_ids = [self.token_id(token) for token in FIM_TOKENS]
         self.fim_ids = None if None in fim_ids else fim_ids
 
     def read_configs(self):
-        """-> (how many token ids the folder's model has, or None; eos_ids)."""
-        ends, limit = [], None
-        for name in ("generation_config.json", "config.json"):
-            file = os.path.join(self.folder, name)
-            values = read_json(file) if os.path.exists(file) else {}
-            ends = ends or read_ends(values, file)
-            limit = values.get("vocab_size")
-        ends = ends or [i for i in map(self.token_id, EOS_TOKENS) if i is not None][:1]
-        if not ends:
+        """-> (how many token ids the folder's model has, or None; eos_ids; eos_id)."""
+        names = ("generation_config.json", "config.json")
+        files = [os.path.join(self.folder, name) for name in names]
+        configs = [read_json(file) if os.path.exists(file) else {} for file in files]
+        limit = configs[1].get("vocab_size")
+        limit = limit if is_a(limit, int) else None
+        named = [i for i in map(self.token_id, EOS_TOKENS)
+                 if i is not None and (limit is None or i < limit)][:1]
+        for values, file in zip(configs, files):
+            if values.get("eos_token_id") not in (None, []):
+                ends = read_ends(values, file, limit)
+                return limit, ends, [*ends, *named, 0][0]
+        if not named:
             raise BadInput(f"{self.folder}: its tokenizer has none of {', '.join(EOS_TOKENS)}, "
                            "and config.json no eos_token_id")
-        limit = limit if is_a(limit, int) else None
-        if limit is not None and max(ends) >= limit:
-            raise BadInput(f"{self.folder}: eos_token_id is {max(ends)}, outside of the model's "
-                           f"vocabulary of {limit}")
-        return limit, ends
+        return limit, named, named[0]
 
     def encode(self, text, bos=False):
         """text -> list of ids. No special token is added, but with bos=True the bos_id, if any.

@@ -155,6 +155,32 @@ def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
         assert torch.equal(GPT.from_pretrained(folder).ln_f.weight, kept * tensors[name])
 
 
+def test_shards_may_lie_in_folders_inside_and_nowhere_else(tmp_path):
+    folder, wanted = copy_of_tiny(tmp_path / "a"), GPT.from_pretrained(TINY)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
+    (folder / "deep" / "er").mkdir(parents=True)
+    files = [f"deep/{part}.safetensors" for part in ("1", "er/1", "er/../2")]
+    weight_map = {name: files[i % 3] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file},
+                  folder / file)
+
+    def load(weight_map):
+        index = dict(weight_map=weight_map)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return GPT.from_pretrained(folder)
+
+    assert load(weight_map).fingerprint == wanted.fingerprint
+    for outside in ("../out.safetensors", "deep/../../out.safetensors", "..",
+                    str(tmp_path / "out.safetensors")):
+        with pytest.raises(BadInput, match="index.json: names the shard .*, which is not in this"):
+            load(dict.fromkeys(tensors, outside))
+    for missing in ("out.safetensors", "deep/out.safetensors", "deep"):
+        with pytest.raises(BadInput, match=f"{missing}: this shard, named in .*, is missing"):
+            load(weight_map | {next(iter(tensors)): missing})
+
+
 @pytest.mark.parametrize("name", [
     "model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
 def test_pointers_of_git_lfs_folders_and_pipes_are_named_as_such(name, tmp_path):

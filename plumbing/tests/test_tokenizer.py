@@ -81,11 +81,32 @@ def test_every_end_token_of_a_folder_ends_a_text_and_none_is_in_it(tmp_path):
         ids = generate.generate(model, prompts, max_new_tokens=12, eos_id=eos)[0]
         assert ids == free[:end + 1]
     assert new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"
-    for bad in ([300], -1, "x", [True]):
+    for bad in ([3, -1], -1, "x", [True]):
         copy_of_tiny(tmp_path / f"bad{bad}", eos_token_id=bad)
         for load in (Tokenizer, GPT.from_pretrained):
             with pytest.raises(BadInput, match="eos_token_id"):
                 load(tmp_path / f"bad{bad}")
+
+
+@pytest.mark.parametrize("stated,kept,written", [
+    (50256, [], 50256), ([300, 299], [299], [299]), ([300], [], [300])])
+def test_an_end_token_outside_of_the_vocabulary_ends_no_text_and_is_told_once(
+        stated, kept, written, tmp_path, capsys):
+    """transformers writes eos_token_id 50256 for any small random GPTBigCode, in both files."""
+    folder = copy_of_tiny(tmp_path / "a", eos_token_id=stated)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    tokenizer, model = Tokenizer(folder), GPT.from_pretrained(folder)
+    told = capsys.readouterr().err.splitlines()
+    outside = stated if isinstance(stated, int) else 300
+    assert told == [f"warning: {folder}: eos_token_id {outside} is outside of the vocabulary of "
+                    "300, so it ends no text"]
+    assert tokenizer.eos_ids == kept and tokenizer.eos_id == (kept or [0])[0]
+    assert model.config.eos_token_id == written
+    free = generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12)
+    assert free == generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12,
+                                     eos_id=tokenizer.eos_ids)
+    model.save_pretrained(tmp_path / "again")
+    assert GPT.from_pretrained(tmp_path / "again").config.eos_token_id == written
 
 
 def test_what_training_scripts_leave_in_a_tokenizer_json_changes_no_text(tmp_path):
