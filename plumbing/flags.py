@@ -1,6 +1,8 @@
 """The flags that mean the same in every script, their checks, and how a script ends."""
+import io
 import os
 import sys
+import textwrap
 
 import torch
 
@@ -54,8 +56,11 @@ def get_device(name):
     """"cpu", "cuda", "cuda:1" -> torch.device; BadInput where this machine has no such device."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError, ImportError) as e:
+        reason = str(e).splitlines()[0].split(". ")[0]
+        others = "use cpu or cuda" if torch.cuda.is_available() else "use cpu"
+        raise BadInput(f"--device {name}: not usable here ({textwrap.shorten(reason, 80)}); "
+                       f"{others}") from None
     return torch.device(name)
 
 
@@ -70,7 +75,11 @@ def set_up(model, args):
 
 def run_main(main):
     """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130, and
-    a reader of the output that goes away, as head does, is status 141."""
+    a reader of the output that goes away, as head does, is status 141. What the output's encoding
+    lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BadInput as e:
