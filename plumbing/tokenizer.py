@@ -222,11 +222,11 @@ def read_added_tokens(folder, decoder, config):
     file = os.path.join(folder, "added_tokens.json")
     ids = read_json(file) if os.path.exists(file) else {}
     check(list(ids.values()), [int], file, "an id")
-    added = {text: (i, pattern(text)) for text, i in ids.items()}
+    added = {text: (i, pattern(text)) for text, i in ids.items() if text}
     for i, token in (decoder if isinstance(decoder, dict) else {}).items():
         check(token, {"content": str, "lstrip?": bool, "rstrip?": bool}, config, DECODER)
         text = token["content"]
-        if i.isdigit():
+        if text and i.isdecimal() and len(i) < 10:
             i = ids.get(text, int(i))
             added[text] = i, pattern(text, token.get("lstrip"), token.get("rstrip"))
     return added
