@@ -15,6 +15,7 @@ train.py does; an interrupted table goes on by the same command.
 """
 import argparse
 import csv
+import io
 import math
 import os
 import sys
@@ -34,8 +35,8 @@ from extras.fast import check_packs, keep_memory, pack_both_ways
 from extras.packed import choose_dtype
 from extras.results import speech
 from extras.table1 import next_rates, over_seeds
-from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly, load_whisper, log_mel,
-                                  read_audio, window_of, write_greedily)
+from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, Writing, attend_plainly, load_whisper,
+                                  log_mel, read_audio, window_of, write_greedily)
 from flora import BASE
 from generate import load_adapters
 from model import read_config
@@ -68,16 +69,18 @@ class Clips:
     window) are left out."""
 
     def __init__(self, folder, split, window, n_mels, longest=None):
-        self.sentences, self.mels = [], []
+        self.table = os.path.join(folder, f"{split}.tsv")
+        self.files, self.sentences, self.mels = [], [], []
         rows, longest = read_split(folder, split), longest or window
         for file, sentence in tqdm(rows, desc=f"{split}: features", unit="clip", leave=False):
             samples = read_audio(file)
             if len(samples) <= longest * RATE:
+                self.files.append(file)
                 self.sentences.append(sentence)
                 self.mels.append(log_mel(samples, n_mels, window, file).half())
         if not self.mels:
-            raise BadInput(f"{folder}/{split}.tsv: names no clip of at most {longest} s; give "
-                           "others, or a larger --window")
+            raise BadInput(f"{self.table}: names no clip of at most {longest} s; give others, or "
+                           "a larger --window")
         pairs = zip(self.sentences, (mel.numpy().tobytes() for mel in self.mels))
         self.digest = digest(*(part for pair in pairs for part in pair))
         say(f"{split}: {len(self.mels)} clips, {len(rows) - len(self.mels)} longer than "
@@ -106,7 +109,8 @@ def read_split(folder, split):
     tsv = existing_file(os.path.join(folder, f"{split}.tsv"), "table of clips")
     try:
         with open_file(tsv, "rb") as f:
-            lines = f.read().decode("utf-8").splitlines()
+            text = f.read().decode("utf-8-sig")
+        lines = io.StringIO(text, newline="")   # not splitlines: a sentence may hold a U+2028
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (UnicodeDecodeError, csv.Error) as e:
         raise BadInput(f"{tsv}: not readable as a table of UTF-8 text ({e})") from None
@@ -121,15 +125,36 @@ def read_split(folder, split):
     return found
 
 
-def make_batch(clips, rows, writing, language, limit):
+def check_data(args, writing):
+    """BadInput, before the first step, for what a training could not use of --data."""
+    for split in ("train", "dev"):
+        check_sentences(split_of(args, split), writing, args.language, read_config(args.weights).n_positions)
+    split_of(args, "test")
+
+
+def check_sentences(clips, writing, language, limit):
+    """BadInput, naming their clips, for sentences that the model cannot be given. limit: of its
+    decoder, in tokens."""
+    prompt, refused = writing.prompt(language), []
+    for file, sentence in zip(clips.files, clips.sentences):
+        try:
+            size = len(prompt) + len(writing.encode(sentence)) - 1
+        except BadInput as e:
+            refused.append(f"the sentence of {file}: {e}")
+        else:
+            if size > limit:
+                refused.append(f"the sentence of {file} has {size} tokens, more than the {limit} of this model")
+    if refused:
+        more = f"; and {len(refused) - 3} more" if refused[3:] else ""
+        raise BadInput(f"{clips.table}: {'; '.join(refused[:3])}{more}; shorten them or leave them out")
+
+
+def make_batch(clips, rows, writing, language):
     """Clips and their sentences -> mel [n, n_mels, F], x int64 [n, T], their next tokens y [n, T],
-    of which those of the prompt and the padding are -100. limit: of the model, in tokens."""
+    of which those of the prompt and the padding are -100."""
     prompt = writing.prompt(language)
     texts = [prompt + writing.encode(clips.sentences[i]) for i in rows]
     longest = max(map(len, texts)) - 1
-    if longest > limit:
-        raise BadInput(f"a sentence has {longest} tokens, more than the {limit} of this model; "
-                       "shorten it or leave it out")
     x = torch.full((len(rows), longest), writing.end)
     y = torch.full((len(rows), longest), -100)
     for i, text in enumerate(texts):
@@ -206,7 +231,7 @@ def heldout_loss(model, clips, writing, adapter_id, args):
     """The same over all clips."""
     total, tokens, device = 0.0, 0, torch.device(args.device)
     for rows in clips.shortest_first(8):
-        batch = make_batch(clips, rows, writing, args.language, model.config.n_positions)
+        batch = make_batch(clips, rows, writing, args.language)
         n = int((batch[2] != -100).sum())
         with train.autocast(device, args.dtype):
             loss = loss_of(adapter_id, model, *(tensor.to(device) for tensor in batch))
@@ -214,11 +239,11 @@ def heldout_loss(model, clips, writing, adapter_id, args):
     return total / tokens
 
 
-def next_batch(clips, writing, args, limit, step, micro):
+def next_batch(clips, writing, args, step, micro):
     """A batch, drawn from the seed and the step alone."""
     rng, again = np.random.default_rng([args.seed, step, micro]), len(clips.mels) < args.batch_size
     rows = rng.choice(len(clips.mels), args.batch_size, replace=again)
-    return make_batch(clips, rows, writing, args.language, limit)
+    return make_batch(clips, rows, writing, args.language)
 
 
 def fit_adapter(args):
@@ -226,6 +251,7 @@ def fit_adapter(args):
     if WORLD > 1:
         raise BadInput("extras.whisper trains in one process; leave torchrun out")
     model, writing = load(args, get_device(args.device))
+    check_data(args, writing)
     clips, heldout = split_of(args, "train"), split_of(args, "dev")
     args.made_with = made_with(args)
     checkpoint = open_checkpoint(args)
@@ -236,7 +262,7 @@ def fit_adapter(args):
     parameters = flora.adapter_parameters(model, adapter_id)
     say_sizes(args, model, parameters)
     speed_up(model, args)
-    batches = partial(next_batch, clips, writing, args, model.config.n_positions)
+    batches = partial(next_batch, clips, writing, args)
     measure = partial(heldout_loss, model, heldout, writing, adapter_id, args)
     with interrupts() as stop:
         log, rate = train.fit(model, parameters, batches, partial(loss_of, adapter_id), measure,
@@ -370,7 +396,9 @@ def table(args):
     load_jiwer()
     args.json = args.json or f"{args.out}/table.json"
     with outputs(args):
-        folders = dict(named_folder(spec) for spec in args.data)
+        folders, writing = dict(named_folder(spec) for spec in args.data), Writing(args.weights)
+        for language, folder in folders.items():
+            check_data(run_args(args, language, folder, args.methods[0], lr=None, seed=0), writing)
         sweep = tune(args, *next(iter(folders.items())))
         rates = {method: min(tried, key=tried.get) for method, tried in sweep.items()}
         bases = {language: base_of(args, language, folder) for language, folder in folders.items()}
