@@ -337,7 +337,7 @@ def sentences_of(files, language):
 
 
 def text_lines(file, language):
-    return Path(file).read_text("utf-8").splitlines()
+    return Path(file).read_text("utf-8-sig").splitlines()
 
 
 def django_sentences(file, language):
