@@ -31,7 +31,15 @@ def load_texts(args):
     if too_few(distinct):
         say(f"data: fewer than {FEWEST} files are too few to hold entire ones out, so the last "
             f"{100 * SHARE:.0f} % of each is held out")
+    args.try_prompt = line_of(heldout[0])
     return training, heldout
+
+
+def line_of(text):
+    """A line from the middle of a text, to try with what was trained on such."""
+    lines = [line.strip() for line in f"{text[len(text) // 2:]}\n{text}".splitlines()[1:]]
+    words = [line for line in lines if re.search(r"\w{2}", line)]
+    return (words or [text.strip()])[0][:40]
 
 
 def find_files(data, extensions=()):

@@ -1,4 +1,5 @@
 """From files to training texts."""
+import shlex
 from argparse import Namespace
 
 import pytest
@@ -6,9 +7,10 @@ import pytest
 import train
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
-from plumbing.texts import (drop_near_duplicates, find_files, load_texts, read_texts, split,
-                            within_budget)
+from plumbing.texts import (drop_near_duplicates, find_files, line_of, load_texts,
+                            read_texts, split, within_budget)
 from plumbing.tokenizer import Tokenizer
+from test_flora import TINY, tiny_flags
 
 
 def test_data_is_deduplicated_and_whole_files_are_held_out(tmp_path):
@@ -134,3 +136,16 @@ def test_held_out_files_are_entire_while_they_fit_the_budget():
     large = texts[0] * 9   # does not fit, and the ones after it do
     mixed = [texts[0], large, *texts[1:]]
     assert [text for text, _ in within_budget(mixed, tokenizer, sum(sizes))] == texts
+
+
+def test_the_line_to_try_after_a_training_is_of_its_data(tmp_path, capsys):
+    lua = "-- A header\n\nlocal function add(a, b)\n  return a + b\nend\n\n  it's('a')\n"
+    assert line_of(lua) == "return a + b" and line_of("one line alone") == "one line alone"
+    assert line_of("%%\n" * 9) and len(line_of("x" * 99 + "\n" + "y" * 999)) == 40
+    (tmp_path / "a.lua").write_text("  it's(a)\n" * 99)
+    args = train.parse_args(tiny_flags(TINY, tmp_path / "out", "--data", tmp_path / "a.lua",
+                                       "--steps", 0, "--block-size", 8))
+    train.train(args)
+    hint = next(line for line in capsys.readouterr().out.splitlines() if "--prompt" in line)
+    flags = shlex.split(hint)
+    assert flags[flags.index("--prompt") + 1] == "it's(a)" == args.try_prompt
