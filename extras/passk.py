@@ -38,7 +38,7 @@ from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, c
 from extras.requests import OTHER_FILE, appending, read_jsonl, read_results, regular, resumable, rewrite_results
 from generate import load_adapters, load_model, new_engine
 from plumbing.files import BadInput
-from plumbing.flags import EMBEDDED, add_common_flags, get_device, run_main
+from plumbing.flags import EMBEDDED, Help, add_common_flags, get_device, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.prompts import cut_at_stop, new_text
 from plumbing.provenance import adapter_digest, base_digest, difference, digest, provenance
@@ -535,7 +535,7 @@ def tell_broken(problems):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="problems, .jsonl or .json, with .gz or not")
     add("--adapter", default="none", metavar="FILE", help="none (the default) is the base model")
@@ -543,9 +543,9 @@ def parse_args(argv=None):
         "the problems' own solutions, nothing, or a JSONL file")
     add("--samples", type=int, default=100, help="per problem (default: 100, the paper's)")
     add("--k", type=int, nargs="+", help="(default: 1 10)")
-    add("--max-new-tokens", type=int, default=512)
+    add("--max-new-tokens", type=int, default=512, help="of each sample")
     add("--temperature", type=float, default=0.1, help="(default: 0.1, the paper's)")
-    add("--top-p", type=float, default=0.95)
+    add("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that make up this share")
     add("--slots", type=int, help="samples generated at once (default: 8 on a CPU, otherwise 64)")
     add("--workers", type=int, help="programs run at once (default: one per core)")
     add("--timeout", type=float, default=15.0, help="seconds for a program (default: 15)")

@@ -42,7 +42,7 @@ from generate import load_adapters
 from model import read_config
 from plumbing.checkpoints import check_same, flags_of, open_checkpoint
 from plumbing.files import BadInput, existing_file, open_file, read_json
-from plumbing.flags import check_numbers, get_device, run_main
+from plumbing.flags import Help, check_numbers, get_device, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.processes import WORLD, interrupts, say
 from plumbing.prompts import one_each
@@ -535,13 +535,13 @@ def learning_rate(kind):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, add_flags in [("transcribe", transcribe, add_transcribe_flags),
                                  ("train", train_adapter, add_train_flags),
                                  ("score", score_adapters, add_score_flags),
                                  ("table", table, add_table_flags)]:
-        command = commands.add_parser(name, help=run.__doc__)
+        command = commands.add_parser(name, help=run.__doc__, formatter_class=Help)
         command.set_defaults(run=run, quantize=None, grad_accum=1, compile=False)
         add_flags(command.add_argument)
         add_common_flags(command.add_argument, name)
@@ -559,8 +559,9 @@ def add_common_flags(add, command):
     add("--weights", required=True, metavar="FOLDER", help="a Whisper, as a Hugging Face folder")
     add("--window", type=int, default=30 if command == "transcribe" else 6,
         help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100, help="of a clip's text")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"], default=None if trains else "float32",
         help="default: " + ("bfloat16 if the device computes in it" if trains else "float32"))
     add("--json", metavar="FILE", help="write the results there as JSON")
@@ -573,21 +574,21 @@ def add_transcribe_flags(add):
         help="as cs; one for all clips, or one each")
     add("--adapter", nargs="+", default=["none"], metavar="FILE",
         help="one for all clips, or one each; none is the base model")
-    add("--batch-size", type=int, default=8)
+    add("--batch-size", type=int, default=8, help="clips at once")
 
 
 def add_train_flags(add):
     add("--data", required=True, metavar="FOLDER", help="train.tsv, dev.tsv, test.tsv and clips/")
     add("--language", required=True, metavar="CODE", help="as cs")
     add("--adapter", default="flora", metavar="KIND", help="flora, lora, ia3, or of extras/")
-    add("--rank", type=int, default=1)
+    add("--rank", type=int, default=1, help="of the adapter; ia3 has none")
     add("--targets", nargs="+", help=f"of {' '.join(Whisper.TARGETS)} (default: all)")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
     add("--lr", type=float, help=f"peak learning rate (default: {LEARNING_RATES})")
     add("--warmup", type=int, help="steps (default: a twentieth)")
     add("--eval-every", type=int,
         help="steps between held-out losses and checkpoints (default: a third)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
     add("--out", metavar="FOLDER", help="default: out/whisper/LANGUAGE-ADAPTER-rRANK")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add_loop_flags(add)
@@ -604,19 +605,19 @@ def add_score_flags(add):
 def add_table_flags(add):
     add("--data", required=True, nargs="+", metavar="LANGUAGE=FOLDER",
         help="rates are chosen on the first")
-    add("--methods", nargs="+", choices=list(METHODS), default=PAPERS)
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--methods", nargs="+", choices=list(METHODS), default=PAPERS, help="rows of the table")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings; the mean is told")
     add("--tune-seeds", nargs="+", type=int, default=[100, 101, 102],
         help="of the choice of rates alone")
     add("--tune-steps", type=int, default=60, help="of the choice of rates alone")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
-    add("--out", default="out/whisper-table", metavar="FOLDER")
+    add("--out", default="out/whisper-table", metavar="FOLDER", help="of the trainings")
     add("--resume", action="store_true", help="understood: a table always goes on")
     add_loop_flags(add)
 
 
 def add_loop_flags(add):
-    add("--steps", type=int, default=180)
+    add("--steps", type=int, default=180, help="of each training")
     add("--batch-size", type=int, default=6, help="clips per step (App. A: 6)")
     add("--clip", type=float, default=1.0, help="gradient norm")
 
