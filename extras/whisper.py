@@ -584,7 +584,8 @@ def add_train_flags(add):
     add("--rank", type=int, default=1, help="of the adapter; ia3 has none")
     add("--targets", nargs="+", help=f"of {' '.join(Whisper.TARGETS)} (default: all)")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
-    add("--lr", type=float, help=f"peak learning rate (default: {LEARNING_RATES})")
+    add("--lr", type=float, help="peak learning rate (default: " +
+        ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items()) + ")")
     add("--warmup", type=int, help="steps (default: a twentieth)")
     add("--eval-every", type=int,
         help="steps between held-out losses and checkpoints (default: a third)")

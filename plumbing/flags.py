@@ -42,7 +42,7 @@ def add_common_flags(parser, dtypes):
     parser.add_argument("--quantize", choices=["int8", "int8-dynamic"],
                         help="hold the base's projections as int8, a scale per output; dynamic: on "
                              "an x86 CPU round what goes in as well, which is faster")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 
 
