@@ -22,6 +22,7 @@ from extras.whisper_model import (PRESETS, Whisper, WhisperConfig, Writing, atte
                                   log_mel, mel_filters, read_audio, resample, write_greedily)
 from plumbing.checkpoints import save_checkpoint
 from plumbing.files import BadInput
+from plumbing.flags import run_main
 
 from test_flora import FIXTURES, random_adapter
 
@@ -438,6 +439,18 @@ def test_a_table_with_a_byte_order_mark_or_a_line_separator_is_read(tmp_path):
     assert [sentence for _, sentence in rows] == ["one\u2028two", "three\x85four"]
     (tmp_path / "a.txt").write_bytes("\ufeffLabas rytas visiems\n".encode("utf-8"))
     assert whisper_data.sentences_of([str(tmp_path / "a.txt")], "lt") == ["Labas rytas visiems"]
+
+
+def test_transcribe_writes_its_json_where_the_output_is_not_utf8(tmp_path, monkeypatch):
+    clips = [save_wav(tmp_path / f"{i}-→.wav", sound(i)) for i in (0, 1)]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["whisper.py", "transcribe", "--weights", str(FOLDER), "--window", "1", "--language",
+                                      "cs", "--max-new-tokens", "4", "--json", str(tmp_path / "o.json"), *clips])
+    run_main(whisper.main)
+    out.flush()
+    assert [row["clip"] for row in json.loads((tmp_path / "o.json").read_text())] == clips
+    assert out.buffer.getvalue().count(b"-\\u2192.wav\t") == 2
 
 
 def fake_rates(sentences, written):
