@@ -445,8 +445,9 @@ def test_transcribe_writes_its_json_where_the_output_is_not_utf8(tmp_path, monke
     clips = [save_wav(tmp_path / f"{i}-→.wav", sound(i)) for i in (0, 1)]
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "argv", ["whisper.py", "transcribe", "--weights", str(FOLDER), "--window", "1", "--language",
-                                      "cs", "--max-new-tokens", "4", "--json", str(tmp_path / "o.json"), *clips])
+    monkeypatch.setattr(sys, "argv", [
+        "whisper.py", "transcribe", "--weights", str(FOLDER), "--window", "1", "--max-new-tokens", "4",
+        "--json", str(tmp_path / "o.json"), "--language", "cs", "--", *clips])
     run_main(whisper.main)
     out.flush()
     assert [row["clip"] for row in json.loads((tmp_path / "o.json").read_text())] == clips
