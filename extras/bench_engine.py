@@ -28,7 +28,7 @@ from extras.results import engine as table_of
 from generate import new_engine
 from model import GPT, model_from_config, preset
 from plumbing.files import BadInput
-from plumbing.flags import check_numbers, run_main
+from plumbing.flags import Help, check_numbers, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.provenance import provenance
 
@@ -141,15 +141,15 @@ def summary(args, text, found, first, parts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--model", default="tiny_starcoder_py", help="a size, with random weights")
     add("--weights", metavar="FOLDER", help="a model in the place of --model")
-    add("--rows", nargs="+", default=ROWS, metavar="ROW")
+    add("--rows", nargs="+", default=ROWS, metavar="ROW", help="KIND:DTYPE, as flora8:float32")
     add("--slots", type=int, default=8, help="requests at once")
-    add("--repeats", type=int, default=5)
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE")
+    add("--repeats", type=int, default=5, help="rounds, each row once in each")
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
+    add("--json", metavar="FILE", help="write the results there as JSON")
     args = parser.parse_args()
     check_numbers(args, ["slots", "repeats"], at_least_0=["seed"])
     check_writable(args.json, "--json", JSON)

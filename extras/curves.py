@@ -4,8 +4,8 @@
 """
 from plumbing.files import check, read_json
 from plumbing.outputs import PNG, check_writable, save_figure
-from train import UNRANKED
 
+UNRANKED = ("ia3", "none")   # adapters whose rank says nothing
 REPORT = {"adapter": str, "rank": float, "trainable_parameters": int,   # what is read of a run's
           "log": [{"step": int, "heldout_loss": float}]}
 

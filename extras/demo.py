@@ -22,7 +22,7 @@ from extras.toy_problems import make_tasks, render
 from generate import Engine
 from model import GPT
 from plumbing.files import BadInput
-from plumbing.flags import EMBEDDED, run_main
+from plumbing.flags import EMBEDDED, Help, run_main
 from plumbing.outputs import PNG, check_writable, save_figure
 from plumbing.prompts import cut_at_stop, new_text
 from plumbing.tokenizer import Tokenizer
@@ -170,7 +170,7 @@ def demo(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("--task", type=int, default=17,
                         help="which of the tasks that no adapter was trained on (default: 17)")
     parser.add_argument("--png", metavar="FILE", help="draw it there")

@@ -27,6 +27,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -34,11 +35,11 @@ from tqdm import tqdm
 from extras import sandbox
 from extras.languages import (ALIASES, LANGUAGES, OUTCOMES, Outcome, announce, check_tests, interpreter_of, run_program,
                               why_broken)
-from extras.requests import OTHER_FILE, appending, read_jsonl, read_results, regular, rewrite_results
+from extras.requests import OTHER_FILE, appending, read_jsonl, read_results, regular, resumable, rewrite_results
 from generate import load_adapters, load_model, new_engine
 from plumbing.files import BadInput
-from plumbing.flags import add_common_flags, get_device, run_main
-from plumbing.outputs import JSON, check_writable, locked, write_json
+from plumbing.flags import EMBEDDED, Help, add_common_flags, get_device, run_main
+from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.prompts import cut_at_stop, new_text
 from plumbing.provenance import adapter_digest, base_digest, difference, digest, provenance
 
@@ -369,7 +370,7 @@ def run(args):
     check_writable(args.json, "--json", JSON, make_folder=True)
     check_writable(args.results, "--results", make_folder=True)
     identity = identity_of(args)
-    with locked(args.results, "--results"):
+    with resumable(args.results):
         results = evaluate(args, identity, problems, given, todo)
     report(args, identity, everything, results, ks)
 
@@ -534,7 +535,7 @@ def tell_broken(problems):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="problems, .jsonl or .json, with .gz or not")
     add("--adapter", default="none", metavar="FILE", help="none (the default) is the base model")
@@ -542,20 +543,21 @@ def parse_args(argv=None):
         "the problems' own solutions, nothing, or a JSONL file")
     add("--samples", type=int, default=100, help="per problem (default: 100, the paper's)")
     add("--k", type=int, nargs="+", help="(default: 1 10)")
-    add("--max-new-tokens", type=int, default=512)
+    add("--max-new-tokens", type=int, default=512, help="of each sample")
     add("--temperature", type=float, default=0.1, help="(default: 0.1, the paper's)")
-    add("--top-p", type=float, default=0.95)
+    add("--top-p", type=float, default=0.95, help="draw from the likeliest tokens that make up this share")
     add("--slots", type=int, help="samples generated at once (default: 8 on a CPU, otherwise 64)")
     add("--workers", type=int, help="programs run at once (default: one per core)")
     add("--timeout", type=float, default=15.0, help="seconds for a program (default: 15)")
     add("--compile-timeout", type=float, default=60.0,
         help="seconds for compiling it before (default: 60)")
-    add("--results", default="out/evaluate.jsonl", metavar="FILE",
-        help="JSONL to write, or to complete")
+    add("--results", metavar="FILE", help="JSONL to write, or to complete (default: out/passk/, "
+        "named by the problems and by what completes them)")
     add_consent_flag(parser)
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16"])
     parser.set_defaults(attention="flash")
     args = parser.parse_args(argv)
+    args.results = args.results or default_results(args)
     for flag in ("samples", "max_new_tokens", "slots", "workers"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} is {getattr(args, flag)}; use a whole number "
@@ -568,6 +570,17 @@ def parse_args(argv=None):
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         parser.error("--temperature must be at least 0 and finite, --top-p in (0, 1]")
     return args
+
+
+def default_results(args):
+    """A name of its own for each set of problems and each adapter or file of completions."""
+    source = args.completions or args.adapter
+    known = {"none": "base", "canonical": "canonical", "empty": "empty"}
+    source = known.get(source) or "-".join(Path(source).absolute().with_suffix("").parts[-2:])
+    if args.weights != EMBEDDED and not args.completions:
+        source = f"{Path(args.weights).absolute().name}-{source}"
+    problems = "+".join(Path(file.removesuffix(".gz")).stem for file in args.files)
+    return f"out/passk/{problems[:100]}-{source[-100:]}.jsonl"
 
 
 def add_consent_flag(parser):

@@ -39,7 +39,7 @@ from extras.results import peers as table_of
 from generate import Engine
 from model import GPT, model_from_config, preset, read_config
 from plumbing.files import BadInput
-from plumbing.flags import check_numbers, run_main
+from plumbing.flags import Help, check_numbers, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.provenance import provenance
 
@@ -395,18 +395,18 @@ def compare(args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--folder", default="out/peers", help="of the weights, made there once and used again")
     add("--prepare", action="store_true", help="make and convert the weights, time nothing")
     add("--model", default="tiny_starcoder_py", help="a published StarCoder's shape")
-    add("--ranks", nargs="+", type=int, default=[1, 8])
+    add("--ranks", nargs="+", type=int, default=[1, 8], help="of the adapters")
     add("--requests", type=int, default=8, help="in the batch, each with an adapter")
     add("--prompt", type=int, default=64, help="tokens")
     add("--new", type=int, default=64, help="tokens")
-    add("--repeats", type=int, default=3)
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE")
+    add("--repeats", type=int, default=3, help="rounds, each engine once in each")
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
+    add("--json", metavar="FILE", help="write the results there as JSON")
     args = parser.parse_args(argv)
     check_numbers(args, ["ranks", "requests", "prompt", "new", "repeats"], at_least_0=["seed"])
     context = preset(args.model).n_positions

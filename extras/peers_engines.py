@@ -24,7 +24,7 @@ import flora
 from generate import generate
 from model import GPT
 from plumbing.files import BadInput, read_json
-from plumbing.flags import run_main
+from plumbing.flags import Help, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.provenance import provenance
 from plumbing.tokenizer import Tokenizer
@@ -151,9 +151,9 @@ def compare(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
-    add("what", choices=["export", *ENGINES])
+    add("what", choices=["export", *ENGINES], help="what to do, or the engine to ask")
     add("places", nargs="+", help="export: base models; an engine: the folder of exports")
     add("--out", default="out/exports", help="of export")
     add("--kinds", nargs="+", default=["flora", "hira", "lora"], help="of export")

@@ -27,7 +27,7 @@ import flora
 from extras.results import hira_peers as table_of
 from generate import Engine
 from model import GPT
-from plumbing.flags import run_main
+from plumbing.flags import Help, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.provenance import provenance
 
@@ -119,16 +119,16 @@ def report(args, tokens, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--weights", default="base", help="a Hugging Face folder")
-    add("--adapters", type=int, default=32)
-    add("--rank", type=int, default=4)
+    add("--adapters", type=int, default=32, help="in memory, one for each request")
+    add("--rank", type=int, default=4, help="of each")
     add("--prompt", type=int, default=32, help="tokens")
     add("--new", type=int, default=32, help="tokens")
-    add("--repeats", type=int, default=3)
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE")
+    add("--repeats", type=int, default=3, help="rounds, each engine once in each")
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
+    add("--json", metavar="FILE", help="write the results there as JSON")
     args = parser.parse_args()
     check_writable(args.json, "--json", JSON, make_folder=True)
     compare(args)

@@ -29,7 +29,7 @@ from extras import fast
 from extras.results import beside_peft as table_of
 from model import GPT, read_config
 from plumbing.files import BadInput
-from plumbing.flags import check_numbers, run_main
+from plumbing.flags import Help, check_numbers, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.provenance import peak_memory, provenance
 
@@ -135,17 +135,18 @@ def check_losses(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--weights", default="base", help="a StarCoder, as a Hugging Face folder")
-    add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    add("--batch-size", type=int, default=8)
-    add("--block-size", type=int, default=256)
+    add("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
+        help="a table for each")
+    add("--batch-size", type=int, default=8, help="sequences per step")
+    add("--block-size", type=int, default=256, help="tokens per sequence")
     add("--vocab", type=int, default=4096, help="the tokens are drawn from the first of this number")
     add("--steps", type=int, default=5, help="that are timed, of each run")
-    add("--repeats", type=int, default=5)
-    add("--seed", type=int, default=0)
-    add("--json", metavar="FILE")
+    add("--repeats", type=int, default=5, help="rounds, each row once in each")
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
+    add("--json", metavar="FILE", help="write the results there as JSON")
     add("--row", choices=ROWS, help="run this row alone and print its figures as JSON")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --row")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import train
 from model import GPT, GPTConfig
 from plumbing.files import BadInput
-from plumbing.flags import run_main
+from plumbing.flags import Help, run_main
 from plumbing.outputs import open_output, write_json
 from plumbing.processes import RANK, WORLD, interrupts
 from plumbing.report import finish, make_report, say_sizes
@@ -150,8 +150,8 @@ def save_model(model, tokenizer, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("list", metavar="FILE")
+                                     formatter_class=Help)
+    parser.add_argument("list", metavar="FILE", help="where to write the list of the base's files")
     args = parser.parse_args()
     with open_output(args.list) as f:
         f.write("".join(f"{file}\n" for file in distinct_files()).encode())

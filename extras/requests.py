@@ -14,6 +14,7 @@ import gzip
 import json
 import os
 import reprlib
+import shlex
 import sys
 import time
 import zlib
@@ -136,6 +137,19 @@ def appending(file):
                 raise BadInput(f"--results {file}: cannot be written ({e.strerror}); the results "
                                "in it are kept, and the same command goes on from there") from None
         yield add
+
+
+@contextlib.contextmanager
+def resumable(file):
+    """Inside, this process alone writes a file of results; an interruption says how to go on."""
+    try:
+        with locked(file, "--results"):
+            yield
+    except KeyboardInterrupt:
+        if not stands(file):
+            print(f"interrupted; what has ended is kept in {file}; go on with: "
+                  f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}", file=sys.stderr)
+        raise
 
 
 # ----------------------------------------------------------------------------------------- requests
@@ -282,7 +296,7 @@ def serve(args):
     requests = read_requests(args.requests, defaults)
     check_writable(args.results, "--results", make_folder=True)
     get_dtype(args)   # auto becomes a dtype, which the results name
-    with locked(args.results, "--results"):
+    with resumable(args.results):
         made = made_with(args, requests)
         finished = resume_results(args.results, requests, made)
         model, tokenizer = generate.load_model(args)

@@ -29,7 +29,7 @@ from extras.fast import check_packs
 from extras.results import name_of
 from plumbing.checkpoints import contents, flags_of
 from plumbing.files import BadInput, read_json
-from plumbing.flags import add_common_flags, run_main
+from plumbing.flags import Help, add_common_flags, run_main
 from plumbing.outputs import PNG, check_writable, save_figure, write_each, write_json
 from plumbing.provenance import difference, provenance
 from plumbing.runs import outputs as run_outputs
@@ -335,21 +335,21 @@ def finish(args, table, sweep, title, height, **more):
 def new_parser(description, name, languages, methods, steps, more_languages=""):
     """The flags that table1 and toys share."""
     parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--languages", nargs="+", default=languages, metavar="LANGUAGE",
         help=f"default: {' '.join(languages)}; learning rates are chosen on the first"
         + more_languages)
-    add("--methods", nargs="+", choices=list(methods), default=list(methods))
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    add("--steps", type=int, default=steps)
-    add("--batch-size", type=int, default=8)
+    add("--methods", nargs="+", choices=list(methods), default=list(methods), help="rows of the table")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings; the mean is told")
+    add("--steps", type=int, default=steps, help="of each training")
+    add("--batch-size", type=int, default=8, help="sequences per step")
     add("--block-size", type=int, default=128, help="tokens per sequence")
     add("--eval-tokens", type=int, default=16384, help="of held-out files, about")
     add("--jobs", type=int, default=os.cpu_count() or 1,
         help="trainings at once (default: one per core)")
-    add("--out", default=f"out/{name}")
-    add("--png", default=f"figures/table1_{name}.png")
+    add("--out", default=f"out/{name}", metavar="FOLDER", help="of the trainings")
+    add("--png", default=f"figures/table1_{name}.png", metavar="FILE", help="the figure")
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
     parser.set_defaults(attention="flash", seed=100)   # --seed: of the choice of rates alone
     return parser

@@ -18,7 +18,7 @@ import os
 import random
 
 from plumbing.files import BadInput
-from plumbing.flags import check_numbers, run_main
+from plumbing.flags import Help, check_numbers, run_main
 
 TRAIN, TEST = 1500, 48   # tasks, a third of each type
 PER_FILE = 20            # solved problems of --more
@@ -219,8 +219,8 @@ def write_texts(folder, texts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER")
+                                     formatter_class=Help)
+    parser.add_argument("folder", metavar="FOLDER", help="where the problems and programs are written")
     parser.add_argument("--more", type=int, metavar="N", help="write N more to train on")
     args = parser.parse_args()
     check_numbers(args, at_least_1=["more"])

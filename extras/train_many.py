@@ -35,7 +35,7 @@ from extras.results import many as table_of
 from extras.table1 import CORPORA
 from plumbing import runs as training_runs
 from plumbing.files import BadInput, read_json
-from plumbing.flags import check_numbers, run_main
+from plumbing.flags import Help, check_numbers, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.processes import WORLD, interrupts, start_processes
 from plumbing.provenance import provenance
@@ -253,7 +253,7 @@ def measure(rows, n, words, flags, folder):
 def parse_args(argv=None):
     """-> (this script's args, its own flags taken out of argv: train.py's)."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     formatter_class=Help,
                                      epilog="Other flags are train.py's, and hold for all.")
     add = parser.add_argument
     add("--data", nargs="+", metavar="NAME", default=[],

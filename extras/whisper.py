@@ -15,6 +15,7 @@ train.py does; an interrupted table goes on by the same command.
 """
 import argparse
 import csv
+import io
 import math
 import os
 import sys
@@ -34,14 +35,14 @@ from extras.fast import check_packs, keep_memory, pack_both_ways
 from extras.packed import choose_dtype
 from extras.results import speech
 from extras.table1 import next_rates, over_seeds
-from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, attend_plainly, load_whisper, log_mel,
-                                  read_audio, window_of, write_greedily)
+from extras.whisper_model import (RATE, REQUIREMENTS, Attention, Whisper, Writing, attend_plainly, load_whisper,
+                                  log_mel, read_audio, window_of, write_greedily)
 from flora import BASE
 from generate import load_adapters
 from model import read_config
 from plumbing.checkpoints import check_same, flags_of, open_checkpoint
 from plumbing.files import BadInput, existing_file, open_file, read_json
-from plumbing.flags import check_numbers, get_device, run_main
+from plumbing.flags import Help, check_numbers, get_device, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.processes import WORLD, interrupts, say
 from plumbing.prompts import one_each
@@ -68,16 +69,18 @@ class Clips:
     window) are left out."""
 
     def __init__(self, folder, split, window, n_mels, longest=None):
-        self.sentences, self.mels = [], []
+        self.table = os.path.join(folder, f"{split}.tsv")
+        self.files, self.sentences, self.mels = [], [], []
         rows, longest = read_split(folder, split), longest or window
         for file, sentence in tqdm(rows, desc=f"{split}: features", unit="clip", leave=False):
             samples = read_audio(file)
             if len(samples) <= longest * RATE:
+                self.files.append(file)
                 self.sentences.append(sentence)
                 self.mels.append(log_mel(samples, n_mels, window, file).half())
         if not self.mels:
-            raise BadInput(f"{folder}/{split}.tsv: names no clip of at most {longest} s; give "
-                           "others, or a larger --window")
+            raise BadInput(f"{self.table}: names no clip of at most {longest} s; give others, or "
+                           "a larger --window")
         pairs = zip(self.sentences, (mel.numpy().tobytes() for mel in self.mels))
         self.digest = digest(*(part for pair in pairs for part in pair))
         say(f"{split}: {len(self.mels)} clips, {len(rows) - len(self.mels)} longer than "
@@ -106,7 +109,8 @@ def read_split(folder, split):
     tsv = existing_file(os.path.join(folder, f"{split}.tsv"), "table of clips")
     try:
         with open_file(tsv, "rb") as f:
-            lines = f.read().decode("utf-8").splitlines()
+            text = f.read().decode("utf-8-sig")
+        lines = io.StringIO(text, newline="")   # not splitlines: a sentence may hold a U+2028
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
     except (UnicodeDecodeError, csv.Error) as e:
         raise BadInput(f"{tsv}: not readable as a table of UTF-8 text ({e})") from None
@@ -121,15 +125,36 @@ def read_split(folder, split):
     return found
 
 
-def make_batch(clips, rows, writing, language, limit):
+def check_data(args, writing):
+    """BadInput, before the first step, for what a training could not use of --data."""
+    for split in ("train", "dev"):
+        check_sentences(split_of(args, split), writing, args.language, read_config(args.weights).n_positions)
+    split_of(args, "test")
+
+
+def check_sentences(clips, writing, language, limit):
+    """BadInput, naming their clips, for sentences that the model cannot be given. limit: of its
+    decoder, in tokens."""
+    prompt, refused = writing.prompt(language), []
+    for file, sentence in zip(clips.files, clips.sentences):
+        try:
+            size = len(prompt) + len(writing.encode(sentence)) - 1
+        except BadInput as e:
+            refused.append(f"the sentence of {file}: {e}")
+        else:
+            if size > limit:
+                refused.append(f"the sentence of {file} has {size} tokens, more than the {limit} of this model")
+    if refused:
+        more = f"; and {len(refused) - 3} more" if refused[3:] else ""
+        raise BadInput(f"{clips.table}: {'; '.join(refused[:3])}{more}; shorten them or leave them out")
+
+
+def make_batch(clips, rows, writing, language):
     """Clips and their sentences -> mel [n, n_mels, F], x int64 [n, T], their next tokens y [n, T],
-    of which those of the prompt and the padding are -100. limit: of the model, in tokens."""
+    of which those of the prompt and the padding are -100."""
     prompt = writing.prompt(language)
     texts = [prompt + writing.encode(clips.sentences[i]) for i in rows]
     longest = max(map(len, texts)) - 1
-    if longest > limit:
-        raise BadInput(f"a sentence has {longest} tokens, more than the {limit} of this model; "
-                       "shorten it or leave it out")
     x = torch.full((len(rows), longest), writing.end)
     y = torch.full((len(rows), longest), -100)
     for i, text in enumerate(texts):
@@ -206,7 +231,7 @@ def heldout_loss(model, clips, writing, adapter_id, args):
     """The same over all clips."""
     total, tokens, device = 0.0, 0, torch.device(args.device)
     for rows in clips.shortest_first(8):
-        batch = make_batch(clips, rows, writing, args.language, model.config.n_positions)
+        batch = make_batch(clips, rows, writing, args.language)
         n = int((batch[2] != -100).sum())
         with train.autocast(device, args.dtype):
             loss = loss_of(adapter_id, model, *(tensor.to(device) for tensor in batch))
@@ -214,11 +239,11 @@ def heldout_loss(model, clips, writing, adapter_id, args):
     return total / tokens
 
 
-def next_batch(clips, writing, args, limit, step, micro):
+def next_batch(clips, writing, args, step, micro):
     """A batch, drawn from the seed and the step alone."""
     rng, again = np.random.default_rng([args.seed, step, micro]), len(clips.mels) < args.batch_size
     rows = rng.choice(len(clips.mels), args.batch_size, replace=again)
-    return make_batch(clips, rows, writing, args.language, limit)
+    return make_batch(clips, rows, writing, args.language)
 
 
 def fit_adapter(args):
@@ -226,6 +251,7 @@ def fit_adapter(args):
     if WORLD > 1:
         raise BadInput("extras.whisper trains in one process; leave torchrun out")
     model, writing = load(args, get_device(args.device))
+    check_data(args, writing)
     clips, heldout = split_of(args, "train"), split_of(args, "dev")
     args.made_with = made_with(args)
     checkpoint = open_checkpoint(args)
@@ -236,7 +262,7 @@ def fit_adapter(args):
     parameters = flora.adapter_parameters(model, adapter_id)
     say_sizes(args, model, parameters)
     speed_up(model, args)
-    batches = partial(next_batch, clips, writing, args, model.config.n_positions)
+    batches = partial(next_batch, clips, writing, args)
     measure = partial(heldout_loss, model, heldout, writing, adapter_id, args)
     with interrupts() as stop:
         log, rate = train.fit(model, parameters, batches, partial(loss_of, adapter_id), measure,
@@ -370,7 +396,9 @@ def table(args):
     load_jiwer()
     args.json = args.json or f"{args.out}/table.json"
     with outputs(args):
-        folders = dict(named_folder(spec) for spec in args.data)
+        folders, writing = dict(named_folder(spec) for spec in args.data), Writing(args.weights)
+        for language, folder in folders.items():
+            check_data(run_args(args, language, folder, args.methods[0], lr=None, seed=0), writing)
         sweep = tune(args, *next(iter(folders.items())))
         rates = {method: min(tried, key=tried.get) for method, tried in sweep.items()}
         bases = {language: base_of(args, language, folder) for language, folder in folders.items()}
@@ -507,13 +535,13 @@ def learning_rate(kind):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, add_flags in [("transcribe", transcribe, add_transcribe_flags),
                                  ("train", train_adapter, add_train_flags),
                                  ("score", score_adapters, add_score_flags),
                                  ("table", table, add_table_flags)]:
-        command = commands.add_parser(name, help=run.__doc__)
+        command = commands.add_parser(name, help=run.__doc__, formatter_class=Help)
         command.set_defaults(run=run, quantize=None, grad_accum=1, compile=False)
         add_flags(command.add_argument)
         add_common_flags(command.add_argument, name)
@@ -531,8 +559,9 @@ def add_common_flags(add, command):
     add("--weights", required=True, metavar="FOLDER", help="a Whisper, as a Hugging Face folder")
     add("--window", type=int, default=30 if command == "transcribe" else 6,
         help="seconds of sound that the model hears; clips must fit (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--max-new-tokens", type=int, default=224 if command == "transcribe" else 100, help="of a clip's text")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"], default=None if trains else "float32",
         help="default: " + ("bfloat16 if the device computes in it" if trains else "float32"))
     add("--json", metavar="FILE", help="write the results there as JSON")
@@ -545,21 +574,22 @@ def add_transcribe_flags(add):
         help="as cs; one for all clips, or one each")
     add("--adapter", nargs="+", default=["none"], metavar="FILE",
         help="one for all clips, or one each; none is the base model")
-    add("--batch-size", type=int, default=8)
+    add("--batch-size", type=int, default=8, help="clips at once")
 
 
 def add_train_flags(add):
     add("--data", required=True, metavar="FOLDER", help="train.tsv, dev.tsv, test.tsv and clips/")
     add("--language", required=True, metavar="CODE", help="as cs")
     add("--adapter", default="flora", metavar="KIND", help="flora, lora, ia3, or of extras/")
-    add("--rank", type=int, default=1)
+    add("--rank", type=int, default=1, help="of the adapter; ia3 has none")
     add("--targets", nargs="+", help=f"of {' '.join(Whisper.TARGETS)} (default: all)")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
-    add("--lr", type=float, help=f"peak learning rate (default: {LEARNING_RATES})")
+    add("--lr", type=float, help="peak learning rate (default: " +
+        ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items()) + ")")
     add("--warmup", type=int, help="steps (default: a twentieth)")
     add("--eval-every", type=int,
         help="steps between held-out losses and checkpoints (default: a third)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of all that is drawn at random")
     add("--out", metavar="FOLDER", help="default: out/whisper/LANGUAGE-ADAPTER-rRANK")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
     add_loop_flags(add)
@@ -576,19 +606,19 @@ def add_score_flags(add):
 def add_table_flags(add):
     add("--data", required=True, nargs="+", metavar="LANGUAGE=FOLDER",
         help="rates are chosen on the first")
-    add("--methods", nargs="+", choices=list(METHODS), default=PAPERS)
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--methods", nargs="+", choices=list(METHODS), default=PAPERS, help="rows of the table")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings; the mean is told")
     add("--tune-seeds", nargs="+", type=int, default=[100, 101, 102],
         help="of the choice of rates alone")
     add("--tune-steps", type=int, default=60, help="of the choice of rates alone")
     add("--alpha", type=float, default=8.0, help="LoRA's scale is alpha / rank")
-    add("--out", default="out/whisper-table", metavar="FOLDER")
+    add("--out", default="out/whisper-table", metavar="FOLDER", help="of the trainings")
     add("--resume", action="store_true", help="understood: a table always goes on")
     add_loop_flags(add)
 
 
 def add_loop_flags(add):
-    add("--steps", type=int, default=180)
+    add("--steps", type=int, default=180, help="of each training")
     add("--batch-size", type=int, default=6, help="clips per step (App. A: 6)")
     add("--clip", type=float, default=1.0, help="gradient norm")
 

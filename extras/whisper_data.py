@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from extras.whisper_model import RATE, Whisper, WhisperConfig, check_audio, read_sound
 from plumbing.files import BadInput, check_weights, existing_file, open_file
-from plumbing.flags import run_main
+from plumbing.flags import Help, run_main
 from plumbing.folders import check_shapes
 from plumbing.outputs import open_output, write_json
 
@@ -337,7 +337,7 @@ def sentences_of(files, language):
 
 
 def text_lines(file, language):
-    return Path(file).read_text("utf-8").splitlines()
+    return Path(file).read_text("utf-8-sig").splitlines()
 
 
 def django_sentences(file, language):
@@ -365,13 +365,13 @@ def udhr_sentences(file, language):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run in dict(weights=weights, czech=czech, synthetic=synthetic).items():
-        command = commands.add_parser(name, help=run.__doc__)
+        command = commands.add_parser(name, help=run.__doc__, formatter_class=Help)
         command.set_defaults(run=run)
         command.add_argument("files", nargs="+", metavar="FILE", help="packages, as named above")
-        command.add_argument("--out", required=True, metavar="FOLDER")
+        command.add_argument("--out", required=True, metavar="FOLDER", help="written there")
     command.add_argument("--language", required=True, metavar="CODE", help="as lt")
     command.add_argument("--voices", type=int, default=2, help="that read each sentence, up to 6")
     args = parser.parse_args(argv)

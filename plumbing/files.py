@@ -5,13 +5,34 @@
 """
 import json
 import os
+import re
 import reprlib
+import sys
+from functools import cache
 
 import torch
 
 
 class BadInput(ValueError):
     """A mistake in what the caller gave, told in one sentence. Scripts print it and exit with 2."""
+
+
+@cache
+def warn_once(text):
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def existing_folder(folder):
+    """`folder`, or BadInput if it is not there; what looks like a name on Hugging Face's hub is
+    told apart from a path."""
+    if os.path.isdir(folder):
+        return folder
+    hint, owner = "", os.path.dirname(folder)
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder)) and not os.path.exists(owner):
+        name = os.path.basename(folder)
+        hint = (f"; if it is a name on Hugging Face's hub, download it with: hf download {folder} "
+                f"--local-dir {name}, and give --weights {name}")
+    raise BadInput(f"{folder}: no such model folder{hint}")
 
 
 def existing_file(file, what="file"):

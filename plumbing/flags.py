@@ -1,6 +1,9 @@
 """The flags that mean the same in every script, their checks, and how a script ends."""
+import argparse
+import io
 import os
 import sys
+import textwrap
 
 import torch
 
@@ -11,19 +14,35 @@ from plumbing.registry import extra
 EMBEDDED = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "base")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help with the description as it stands, and after each flag's text its default, unless the
+    text tells of one itself."""
+
+    def _get_help_string(self, action):
+        value, text = action.default, action.help
+        if not action.option_strings or value is argparse.SUPPRESS or "default" in text:
+            return text
+        if action.required:
+            return f"{text} (required)"
+        value = " ".join(map(str, value)) if isinstance(value, list) else value
+        shown = "none" if value in (None, "") else "off" if value is False else str(value)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
 def add_common_flags(parser, dtypes):
     """The flags that mean the same in every script."""
     cuda = torch.cuda.is_available()
     parser.add_argument("--weights", metavar="FOLDER", default=EMBEDDED,
                         help="base model, a Hugging Face folder (default: the embedded one)")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu",
+                        help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    auto = "auto: the fastest here; " if "auto" in dtypes else ""
     parser.add_argument("--dtype", choices=dtypes, default="bfloat16" if cuda else "float32",
-                        help="auto: the fastest here, if the script has it; "
-                             "default: bfloat16 on cuda, otherwise float32")
+                        help=f"{auto}default: bfloat16 on cuda, otherwise float32")
     parser.add_argument("--quantize", choices=["int8", "int8-dynamic"],
                         help="hold the base's projections as int8, a scale per output; dynamic: on "
                              "an x86 CPU round what goes in as well, which is faster")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     parser.add_argument("--json", metavar="FILE", help="write the results there as JSON")
 
 
@@ -54,8 +73,11 @@ def get_device(name):
     """"cpu", "cuda", "cuda:1" -> torch.device; BadInput where this machine has no such device."""
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise BadInput(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError, ImportError) as e:
+        reason = str(e).splitlines()[0].split(". ")[0]
+        others = "use cpu or cuda" if torch.cuda.is_available() else "use cpu"
+        raise BadInput(f"--device {name}: not usable here ({textwrap.shorten(reason, 80)}); "
+                       f"{others}") from None
     return torch.device(name)
 
 
@@ -70,7 +92,11 @@ def set_up(model, args):
 
 def run_main(main):
     """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130, and
-    a reader of the output that goes away, as head does, is status 141."""
+    a reader of the output that goes away, as head does, is status 141. What the output's encoding
+    lacks is printed as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BadInput as e:

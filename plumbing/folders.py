@@ -13,7 +13,8 @@ from dataclasses import asdict, fields
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import BadInput, check, check_weights, existing_file, is_a, read_json
+from plumbing.files import (BadInput, check, check_weights, existing_file, existing_folder, is_a,
+                            read_json, warn_once)
 from plumbing.outputs import save_tensors, write_json
 
 LARGEST = 2**31 - 1   # value of any size
@@ -47,8 +48,8 @@ class StarCoderFolder:
             if not is_a(found.get(name), int) or not 1 <= found[name] <= LARGEST:
                 raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
                                "but must be a positive whole number")
-        ends = read_ends(values, file)
-        if ends:
+        ends = read_ends(values, file, found["vocab_size"])
+        if ends:   # otherwise, where none can come, what the file says stays
             found["eos_token_id"] = ends if isinstance(values["eos_token_id"], list) else ends[0]
         config = config_class(**found)
         if config.layer_norm_epsilon < 0:
@@ -74,9 +75,7 @@ class StarCoderFolder:
 
 def read_config(folder, model_class):
     """The config of a folder. model_class: from a model_type to the class of its models."""
-    if not os.path.isdir(folder):
-        raise BadInput(f"{folder}: no such model folder")
-    file = os.path.join(folder, "config.json")
+    file = os.path.join(existing_folder(folder), "config.json")
     values = read_json(file)
     try:
         family = model_class(values.get("model_type"))
@@ -155,18 +154,20 @@ def sample(tensor):
     return str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes()
 
 
-def read_ends(values, file):
-    """The token ids that end a text, by the object of a config.json or generation_config.json."""
+def read_ends(values, file, vocab_size=None):
+    """The token ids that end a text, by the object of a config.json or generation_config.json. One
+    outside of the vocabulary, as transformers writes for small random models, ends none."""
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     ends = [i for i in ends if i is not None]
     check(ends, [int], file, "eos_token_id")
-    vocab_size = values.get("vocab_size")
-    for i in ends:
-        if i < 0 or is_a(vocab_size, int) and i >= vocab_size:
-            raise BadInput(f"{file}: eos_token_id is {i}, outside of the vocabulary of "
-                           f"{vocab_size}")
-    return ends
+    if min(ends, default=0) < 0:
+        raise BadInput(f"{file}: eos_token_id is {min(ends)}, which is no token")
+    outside = [i for i in ends if vocab_size is not None and i >= vocab_size]
+    for i in outside:
+        warn_once(f"{os.path.dirname(file)}: eos_token_id {i} is outside of the vocabulary of "
+                  f"{vocab_size}, so it ends no text")
+    return [i for i in ends if i not in outside]
 
 
 def check_supported(file, key, value, supported):
@@ -178,6 +179,7 @@ def check_supported(file, key, value, supported):
 def weight_files(folder):
     """{file: the names of its tensors that count, None for all} of a folder: one file, or the
     shards of an index. A tensor that lies in two shards counts where the index says."""
+    existing_folder(folder)
     for stem in ("model.safetensors", "pytorch_model.bin"):
         file, index = os.path.join(folder, stem), os.path.join(folder, f"{stem}.index.json")
         if os.path.exists(file):
@@ -195,7 +197,11 @@ def weight_files(folder):
 def read_shards(folder, index, weight_map):
     shards = {}
     for name, shard in weight_map.items():
-        shards.setdefault(os.path.join(folder, os.path.basename(shard)), set()).add(name)
+        path = os.path.normpath(shard)
+        if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+            raise BadInput(f"{index}: names the shard {shard!r}, which is not in this folder; "
+                           "download it again")
+        shards.setdefault(os.path.join(folder, path), set()).add(name)
     for shard in shards:
         if not os.path.isfile(shard):
             raise BadInput(f"{shard}: this shard, named in {index}, is missing; download it again")

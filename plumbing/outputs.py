@@ -119,6 +119,8 @@ def check_writable(file, flag, begins=None, make_folder=False):
     if begins and held and not held.startswith(begins):
         raise BadInput(f"{flag} {file}: holds something else than this writes; move it away, or "
                        f"choose another {flag}")
+    if begins == PNG and os.path.splitext(file)[1].lower() not in ("", ".png"):
+        raise BadInput(f"{flag} {file}: this writes a PNG; choose a name that ends in .png")
 
 
 def write_each(*writes):

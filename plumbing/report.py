@@ -53,5 +53,5 @@ def finish(args, report, save):
     flags = {"--weights": weights, "--quantize": args.quantize, "--adapter": report["adapter_file"]}
     used = " ".join(f"{flag} {shlex.quote(value)}" for flag, value in flags.items() if value)
     say(f"saved {report['adapter_file'] or args.out}; try it:\n"
-        f"  python generate.py {used} --prompt 'namespace at {{' --temperature 0.8")
+        f"  python generate.py {used} --prompt {shlex.quote(args.try_prompt)} --temperature 0.8")
     return report

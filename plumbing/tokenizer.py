@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 
-from plumbing.files import BadInput, check, existing_file, is_a, read_json
+from plumbing.files import BadInput, check, existing_file, existing_folder, is_a, read_json
 from plumbing.folders import read_ends
 from plumbing.outputs import open_output
 
@@ -25,7 +25,8 @@ class Tokenizer:
     of Llama 2's kind, which takes it for a space.
 
     eos_ids: what ends a text: the eos_token_id, one or several, of generation_config.json, or of
-    config.json, or the first of EOS_TOKENS that it has. eos_id: the first of them.
+    config.json, or the first of EOS_TOKENS that it has. One outside of the model's vocabulary
+    is left out. eos_id: what stands between texts: the first of them, or of EOS_TOKENS, or 0.
     bos_id: what the family's own tokenizer puts before a text (<s> of Llama), or None.
     fim_ids: the ids of FIM_TOKENS, or None. byte_ids: the tokens that are one byte of a character.
     """
@@ -33,7 +34,7 @@ class Tokenizer:
     def __init__(self, folder):
         self.folder = folder
         names = ("tokenizer.json", "tokenizer.model")
-        files = [file for file in (os.path.join(folder, name) for name in names)
+        files = [file for file in (os.path.join(existing_folder(folder), name) for name in names)
                  if os.path.exists(file)]
         if not files:
             raise BadInput(f"{folder}: holds neither tokenizer.json nor tokenizer.model")
@@ -46,30 +47,29 @@ class Tokenizer:
             raise BadInput(f"{file}: not a readable tokenizer ({e})") from e
         self.vocab_size, self.bos_id = self.backend.vocab_size, self.backend.bos_id
         self.token_id = self.backend.token_id   # (text of a token) -> its id, or None
-        self.limit, self.eos_ids = self.read_configs()
-        self.eos_id = self.eos_ids[0]
+        self.limit, self.eos_ids, self.eos_id = self.read_configs()
         byte_ids = (self.token_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = {i for i in byte_ids if i is not None}
         fim_ids = [self.token_id(token) for token in FIM_TOKENS]
         self.fim_ids = None if None in fim_ids else fim_ids
 
     def read_configs(self):
-        """-> (how many token ids the folder's model has, or None; eos_ids)."""
-        ends, limit = [], None
-        for name in ("generation_config.json", "config.json"):
-            file = os.path.join(self.folder, name)
-            values = read_json(file) if os.path.exists(file) else {}
-            ends = ends or read_ends(values, file)
-            limit = values.get("vocab_size")
-        ends = ends or [i for i in map(self.token_id, EOS_TOKENS) if i is not None][:1]
-        if not ends:
+        """-> (how many token ids the folder's model has, or None; eos_ids; eos_id)."""
+        names = ("generation_config.json", "config.json")
+        files = [os.path.join(self.folder, name) for name in names]
+        configs = [read_json(file) if os.path.exists(file) else {} for file in files]
+        limit = configs[1].get("vocab_size")
+        limit = limit if is_a(limit, int) else None
+        named = [i for i in map(self.token_id, EOS_TOKENS)
+                 if i is not None and (limit is None or i < limit)][:1]
+        for values, file in zip(configs, files):
+            if values.get("eos_token_id") not in (None, []):
+                ends = read_ends(values, file, limit)
+                return limit, ends, [*ends, *named, 0][0]
+        if not named:
             raise BadInput(f"{self.folder}: its tokenizer has none of {', '.join(EOS_TOKENS)}, "
                            "and config.json no eos_token_id")
-        limit = limit if is_a(limit, int) else None
-        if limit is not None and max(ends) >= limit:
-            raise BadInput(f"{self.folder}: eos_token_id is {max(ends)}, outside of the model's "
-                           f"vocabulary of {limit}")
-        return limit, ends
+        return limit, named, named[0]
 
     def encode(self, text, bos=False):
         """text -> list of ids. No special token is added, but with bos=True the bos_id, if any.
@@ -128,7 +128,9 @@ class JsonTokenizer:
 
 
 class PieceTokenizer:
-    """tokenizer.model, by `sentencepiece`, with the added_tokens.json beside it."""
+    """tokenizer.model, by `sentencepiece`, with the tokens that the files beside it add. The ids
+    are those of transformers' AutoTokenizer, but for a space that follows an added token or begins
+    a text: here it comes back."""
 
     def __init__(self, file):
         from sentencepiece import SentencePieceProcessor
@@ -139,10 +141,35 @@ class PieceTokenizer:
         # One that does not, for what goes on from a text: a field after the protobuf's end,
         # normalizer_spec.add_dummy_prefix = 0, overrides
         self.sp = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
-        self.bos_id = None if self.sp.bos_id() < 0 else self.sp.bos_id()
-        self.added = read_added_tokens(os.path.dirname(file))         # {text: id}
+        folder = os.path.dirname(file)
+        file = os.path.join(folder, "tokenizer_config.json")
+        config = read_json(file) if os.path.exists(file) else {"legacy": True}
+        self.every_part = config.get("legacy") is True   # gets the space, not the first alone
+        found = self.control_pieces() | read_added_tokens(folder, config.get(DECODER), file)
+        self.added = {text: i for text, (i, _) in found.items()}
         self.texts = {i: text for text, i in self.added.items()}
+        patterns = [found[text][1] for text in sorted(found, key=len, reverse=True)]
+        self.split = re.compile("|".join(patterns) or "(?!)")   # (?!): nowhere
         self.vocab_size = max([self.sp.vocab_size() - 1, *self.texts]) + 1
+        self.bos_id = self.read_bos(config)
+
+    def control_pieces(self):
+        """{text: (id, pattern)} of <s>, </s> and <unk> of Llama's kind, which a prompt may hold.
+        What looks so in code, of which the embedded model's are made, is code."""
+        sp = self.sp
+        own = [i for i in range(sp.vocab_size() if self.prefix else 0)
+               if sp.is_control(i) or sp.is_unknown(i)]
+        return {sp.id_to_piece(i): (i, pattern(sp.id_to_piece(i))) for i in own}
+
+    def read_bos(self, config):
+        """The bos_id: tokenizer_config.json's bos_token, or the model's own; None where either says
+        that a text has none."""
+        if self.sp.bos_id() < 0 or not config.get("add_bos_token", True):
+            return None
+        token = config.get("bos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        named = self.token_id(token) if isinstance(token, str) else None
+        return self.sp.bos_id() if named is None else named
 
     def token_id(self, token):
         if token in self.added:
@@ -151,21 +178,24 @@ class PieceTokenizer:
         return None if i == self.sp.unk_id() else i
 
     def encode(self, text):
-        longest_first = sorted(self.added, key=len, reverse=True)
-        split = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")   # (?!): nowhere
         ids, start = [], 0
-        for found in split.finditer(text):
-            ids += self.encode_pieces(text[start:found.start()]) + [self.added[found.group()]]
+        for found in self.split.finditer(text):
+            ids += self.encode_pieces(text[start:found.start()], start == 0)
+            ids.append(self.added[found.group(found.lastindex)])
             start = found.end()
-        return ids + self.encode_pieces(text[start:])
+        return ids + self.encode_pieces(text[start:], start == 0)
 
-    def encode_pieces(self, text):
+    def encode_pieces(self, text, first):
+        """The ids of a part between added tokens; first: of the one at the text's start."""
         if not text:
             return []
+        sp, prefix = self.sp, ""
+        if first or self.every_part:
+            sp, prefix = self.whole, self.prefix
         # sentencepiece writes a space as ▁, so that a ▁ of the text must go in as its UTF-8 bytes
         low_line = [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
-        first, *rest = text.split("▁")
-        ids = self.whole.encode(first) if first else self.sp.encode(self.prefix)
+        begin, *rest = text.split("▁")
+        ids = sp.encode(begin) if begin else self.sp.encode(prefix)
         return ids + [i for part in rest for i in low_line + self.sp.encode(part)]
 
     def decode(self, ids):
@@ -173,24 +203,35 @@ class PieceTokenizer:
         text, run = "", []
         for i in ids:
             if i in self.texts:
-                text, run = text + self.decode_pieces(run) + self.texts[i], []
+                text, run = text + self.decode_pieces(run, not text) + self.texts[i], []
             elif i < self.sp.vocab_size():
                 run.append(i)
-        return text + self.decode_pieces(run)
+        return text + self.decode_pieces(run, not text)
 
-    def decode_pieces(self, ids):
-        return self.sp.decode(ids).removeprefix(self.prefix)
+    def decode_pieces(self, ids, first):
+        text = self.sp.decode(ids)
+        return text.removeprefix(self.prefix) if first or self.every_part else text
 
 
-def read_added_tokens(folder):
-    """{text: id} of the tokens that a folder adds to its tokenizer.model's."""
+DECODER = "added_tokens_decoder"   # in tokenizer_config.json
+
+
+def read_added_tokens(folder, decoder, config):
+    """{text: (id, pattern)} of the tokens that a folder adds to its tokenizer.model's: those of
+    added_tokens.json and those of the `decoder` in the file `config`."""
     file = os.path.join(folder, "added_tokens.json")
-    added = read_json(file) if os.path.exists(file) else {}
-    config = os.path.join(folder, "tokenizer_config.json")
-    decoder = read_json(config).get("added_tokens_decoder") if os.path.exists(config) else None
-    check(list(added.values()), [int], file, "an id")
+    ids = read_json(file) if os.path.exists(file) else {}
+    check(list(ids.values()), [int], file, "an id")
+    added = {text: (i, pattern(text)) for text, i in ids.items() if text}
     for i, token in (decoder if isinstance(decoder, dict) else {}).items():
-        check(token, {"content": str}, config, "added_tokens_decoder")
-        if i.isdigit() and token.get("special") is not True:   # special ones are the model's own
-            added.setdefault(token["content"], int(i))
+        check(token, {"content": str, "lstrip?": bool, "rstrip?": bool}, config, DECODER)
+        text = token["content"]
+        if text and i.isdecimal() and len(i) < 10:
+            i = ids.get(text, int(i))
+            added[text] = i, pattern(text, token.get("lstrip"), token.get("rstrip"))
     return added
+
+
+def pattern(text, lstrip=False, rstrip=False):
+    """The regular expression that finds a token; lstrip, rstrip: with the white space there."""
+    return (r"\s*" if lstrip else "") + f"({re.escape(text)})" + (r"\s*" if rstrip else "")

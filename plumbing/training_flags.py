@@ -42,12 +42,12 @@ def add_data_flags(add):
     add("--data", nargs="+", metavar="PATH", help="folders, globs or files, @FILE for a list "
         "(default: torch's C++ headers; none: Python's standard library)")
     add("--ext", nargs="+", default=[], metavar=".EXT",
-        help="take only files with these extensions")
+        help="take only files with these extensions, as .lua or lua")
     add("--keep-duplicates", action="store_true",
         help="train on near-duplicates too: for texts made by a program")
     add("--block-size", type=int, default=256, help="tokens per sequence")
     add("--eval-tokens", type=int, default=32768,
-        help="about how many held-out tokens, in entire files")
+        help="about how many held-out tokens: entire files, or the beginning of a larger one")
 
 
 def add_loop_flags(add):

@@ -24,6 +24,7 @@ def test_plot_draws_runs_as_png(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags,sentence", [
     ("--plot {short}/a.h --out {empty}/a.png", "a.h: not readable as JSON"),
     ("--plot {short}/a.h --out {empty}", "--out"),
+    ("--plot {short}/log.json --out {empty}/x.json", "x.json: this writes a PNG; choose a name that"),
     ("--plot {short}/log.json --out {short}/a.h", "a.h: holds something else than this writes")])
 def test_bad_input_is_one_sentence_and_exit_status_2(
         flags, sentence, tiny_folder, embedded_adapters, tmp_path, monkeypatch, capsys):

@@ -165,6 +165,32 @@ def test_a_refused_completion_fails_alone(tmp_path, monkeypatch, capsys):
         run_passk(monkeypatch, *flags)
 
 
+def test_results_are_named_by_the_problems_and_what_completes_them(tmp_path, monkeypatch):
+    """So that one run after another, of other problems or another adapter, is not refused."""
+    def name(*flags):
+        return passk.parse_args([*flags, "--i-trust-the-code"]).results
+
+    names = [name("data/lua.jsonl.gz"), name("data/lua.jsonl", "data/sh.json"), name("sh.json"),
+             name("sh.json", "--adapter", "out/flora-r1/adapter.safetensors"),
+             name("sh.json", "--adapter", "out/lora-r1/adapter.safetensors"),
+             name("sh.json", "--weights", "out/smollm2"),
+             name("sh.json", "--completions", "canonical"),
+             name("sh.json", "--completions", "a/given.jsonl"),
+             name(*(f"{i}.jsonl" for i in range(200)))]
+    assert names[0] == "out/passk/lua-base.jsonl" and names[1] == "out/passk/lua+sh-base.jsonl"
+    assert names[3] == "out/passk/sh-flora-r1-adapter.jsonl"
+    assert len(set(names)) == len(names) and all(len(name) < 250 for name in names)
+    assert name("sh.json", "--results", "mine") == "mine"
+    needs("sh")
+    file = add_problems(tmp_path / "sh.jsonl", "sh")
+    given = write_jsonl(tmp_path / "given.jsonl", [
+        dict(name=name, completion=MULTIPL_E["sh"][1]) for name in "ab"])
+    monkeypatch.chdir(tmp_path)
+    for completions in (given, "empty", given):
+        run_passk(monkeypatch, file, "--completions", completions, "--i-trust-the-code")
+    assert len(list((tmp_path / "out" / "passk").iterdir())) == 2
+
+
 def test_broken_problems_are_counted_apart(tmp_path, monkeypatch, capsys):
     needs("sh")
     monkeypatch.setitem(languages.LANGUAGES, "sh", languages.LANGUAGES["sh"]._replace(

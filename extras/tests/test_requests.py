@@ -19,7 +19,7 @@ from extras import requests as requests_file
 from flora import BASE
 from model import GPT
 from plumbing.files import BadInput
-from plumbing.flags import EMBEDDED
+from plumbing.flags import EMBEDDED, run_main
 from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, HERE, script, trained, write_jsonl
 
@@ -196,6 +196,30 @@ def test_a_second_start_a_kill_and_a_full_disk_lose_nothing(tiny_requests, tmp_p
     assert results.read_bytes().startswith(kept)
     assert all(row["error"] is None for row in rows.values())
     assert not [name for name in os.listdir(tmp_path) if name.endswith((".tmp", ".lock"))]
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_goes_on(tiny_requests, capsys, monkeypatch):
+    lines, results, flags = tiny_requests
+    command = ["python", "generate.py", *map(str, flags)]
+    monkeypatch.setattr(sys, "orig_argv", command)
+    step, calls = generate.Engine.step, []
+
+    def interrupted_step(engine):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(generate.Engine, "step", interrupted_step)
+        run_main(lambda: serve(*flags, "--slots", 2))
+    told = [line for line in capsys.readouterr().err.splitlines() if "go on with" in line]
+    assert told == [f"interrupted; what has ended is kept in {results}; go on with: "
+                    f"{sys.executable} {' '.join(command[1:])}"]
+    done = rows_of(results)
+    assert 0 < len(done) < len(lines)
+    serve(*flags)
+    assert len(rows_of(results)) == len(lines) and done.items() <= rows_of(results).items()
 
 
 def test_results_go_to_pipes_and_links_as_they_stand(tiny_requests, tmp_path):

@@ -69,7 +69,7 @@ def test_trainings_run_apart_keep_what_is_done_and_tell_which_one_failed(tiny_fo
     with pytest.raises(BadInput, match="a training failed, see .*train.txt; its command: python "
                        "train.py"):
         table1.train_all({str(tmp_path / "bad"): [*flags, "--ext", ".nothing"]}, 1)
-    assert "at least 2 are needed" in (tmp_path / "bad" / "train.txt").read_text()
+    assert "at least 1 is needed" in (tmp_path / "bad" / "train.txt").read_text()
 
 
 def test_a_finished_cell_counts_by_the_contents_of_its_base_and_data(tiny_folder, tmp_path, capsys):

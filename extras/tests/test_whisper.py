@@ -1,6 +1,7 @@
 """Whisper: equal to Hugging Face's (golden values), adapters of several languages in one batch, its commands."""
 import io
 import json
+import shutil
 import struct
 import sys
 import tarfile
@@ -21,6 +22,7 @@ from extras.whisper_model import (PRESETS, Whisper, WhisperConfig, Writing, atte
                                   log_mel, mel_filters, read_audio, resample, write_greedily)
 from plumbing.checkpoints import save_checkpoint
 from plumbing.files import BadInput
+from plumbing.flags import run_main
 
 from test_flora import FIXTURES, random_adapter
 
@@ -375,13 +377,81 @@ def test_only_the_sentence_is_learned(data):
     """Not the prompt before it, nor the padding after it; its end token is."""
     writing, clips = Writing(FOLDER), whisper.Clips(str(data), "train", 1, 80)
     assert len(clips.mels) == 5   # one is too long
-    mel, x, y = whisper.make_batch(clips, [0, 2], writing, "cs", 24)
+    mel, x, y = whisper.make_batch(clips, [0, 2], writing, "cs")
     text = writing.encode("ahoj")
     assert x[0, :4].tolist() == writing.prompt("cs") and mel.shape == (2, 80, 100)
     assert y[0].tolist() == ([-100] * 3 + text + [-100] * 9)[:y.shape[1]] and text[-1] == writing.end
     assert [i for i in y[1].tolist() if i != -100] == writing.encode("se")
-    with pytest.raises(BadInput, match="a sentence has .* tokens, more than the 5 of this model"):
-        whisper.make_batch(clips, [0], writing, "cs", 5)
+
+
+def copy_of_data(data, into, split, row, text):
+    """The folder of clips with another sentence in one row of a table."""
+    shutil.copytree(data, into)
+    table = into / f"{split}.tsv"
+    lines = table.read_text(encoding="utf-8").split("\n")
+    lines[row] = "\t".join([*lines[row].split("\t")[:2], text])
+    table.write_text("\n".join(lines), encoding="utf-8")
+    return into
+
+
+@pytest.mark.parametrize("split,row,clip", [("train", 3, "2.wav"), ("dev", 1, "6.wav")])
+def test_sentences_the_decoder_cannot_take_are_named_before_the_first_step(
+        split, row, clip, data, tmp_path, monkeypatch):
+    """And once the named one is gone, --resume of that run starts it."""
+    monkeypatch.setattr(whisper, "error_rates", fake_rates)
+    monkeypatch.setattr(whisper, "load_jiwer", lambda: None)
+    bad, steps = copy_of_data(data, tmp_path / "bad", split, row, "said again and again " * 9), []
+    monkeypatch.setattr(whisper, "next_batch", lambda *a: steps.append(1))
+    argv = flags("train", bad, tmp_path / "o", "--eval-every", 1)
+    sentence = rf"{split}.tsv: the sentence of .*clips/{clip} has \d+ tokens, more than the 24 of this model; shorten"
+    with pytest.raises(BadInput, match=sentence):
+        whisper.train_adapter(whisper.parse_args(argv))
+    table_argv = flags("table", "", tmp_path / "t", "--data", f"lt={data}", f"cs={bad}")
+    with pytest.raises(BadInput, match=sentence):   # in its second folder as well
+        whisper.table(whisper.parse_args(table_argv))
+    assert not steps and not list(tmp_path.rglob("checkpoint.pt"))
+    monkeypatch.undo()
+    monkeypatch.setattr(whisper, "error_rates", fake_rates)
+    monkeypatch.setattr(whisper, "load_jiwer", lambda: None)
+    whisper.clips_of.cache_clear()
+    copy_of_data(data, tmp_path / "good", split, row, "ahoj")
+    (tmp_path / "good" / f"{split}.tsv").rename(bad / f"{split}.tsv")
+    whisper.train_adapter(whisper.parse_args([*argv, "--resume"]))
+    assert (tmp_path / "o" / "adapter.safetensors").exists()
+
+
+def test_sentences_without_ids_are_named_too_and_a_clip_left_out_is_not_asked(data, tmp_path):
+    writing = Writing(FOLDER)
+    long = copy_of_data(data, tmp_path / "long", "train", 6, "said again and again " * 9)   # of the clip too long
+    whisper.check_sentences(whisper.Clips(str(long), "train", 1, 80), writing, "cs", 24)
+    clips = whisper.Clips(str(data), "train", 1, 80)
+    with pytest.raises(BadInput, match="more than the 4 of this model; .*; and 2 more; shorten them or leave them out"):
+        whisper.check_sentences(clips, writing, "cs", 4)
+    clips.sentences[1] = "caf\udce9"
+    with pytest.raises(BadInput, match="train.tsv: the sentence of .*1.wav: a text holds half of a surrogate pair"):
+        whisper.check_sentences(clips, writing, "cs", 24)
+
+
+def test_a_table_with_a_byte_order_mark_or_a_line_separator_is_read(tmp_path):
+    text = "\ufeffpath\tsentence\r\na.wav\tone\u2028two\r\nb.wav\tthree\x85four\r\n"
+    (tmp_path / "train.tsv").write_bytes(text.encode("utf-8"))
+    rows = whisper.read_split(str(tmp_path), "train")
+    assert [sentence for _, sentence in rows] == ["one\u2028two", "three\x85four"]
+    (tmp_path / "a.txt").write_bytes("\ufeffLabas rytas visiems\n".encode("utf-8"))
+    assert whisper_data.sentences_of([str(tmp_path / "a.txt")], "lt") == ["Labas rytas visiems"]
+
+
+def test_transcribe_writes_its_json_where_the_output_is_not_utf8(tmp_path, monkeypatch):
+    clips = [save_wav(tmp_path / f"{i}-→.wav", sound(i)) for i in (0, 1)]
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", [
+        "whisper.py", "transcribe", "--weights", str(FOLDER), "--window", "1", "--max-new-tokens", "4",
+        "--json", str(tmp_path / "o.json"), "--language", "cs", "--", *clips])
+    run_main(whisper.main)
+    out.flush()
+    assert [row["clip"] for row in json.loads((tmp_path / "o.json").read_text())] == clips
+    assert out.buffer.getvalue().count(b"-\\u2192.wav\t") == 2
 
 
 def fake_rates(sentences, written):

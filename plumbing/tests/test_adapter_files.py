@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import flora
@@ -22,7 +23,6 @@ def test_saved_adapters_load_equal_and_carry_their_metadata(family, adapter, tmp
     loaded = flora.load_adapter(other, tmp_path / "a.safetensors")
     assert loaded == 2 and os.listdir(tmp_path) == ["a.safetensors"]
     assert (other(ids, torch.tensor([2, 2])) - model(ids, torch.tensor([1, 1]))).abs().max() < 1e-5
-    from safetensors import safe_open
     with safe_open(tmp_path / "a.safetensors", "pt") as f:
         metadata = json.loads(f.metadata()["flora_adapter"])
     assert metadata["kind"] == kind and metadata["base"] == model.fingerprint
@@ -70,3 +70,35 @@ def test_adapter_files_that_do_not_fit_are_refused_in_a_sentence(tmp_path):
     save_file(tensors, tmp_path / "plain.safetensors")
     with pytest.raises(BadInput, match='has no "flora_adapter" metadata'):
         flora.load_adapter(model, tmp_path / "plain.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_of_a_file_that_is_not_finite_refuses_it(kind, value, tmp_path):
+    model, file = tiny_model(), tmp_path / "a.safetensors"
+    flora.save_adapter(model, random_adapter(model, kind), file)
+    tensors = load_file(file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    for name, tensor in tensors.items():
+        damaged = tensor.clone()
+        damaged.view(-1)[-1] = value
+        save_file(tensors | {name: damaged}, file, metadata)
+        with pytest.raises(BadInput, match=f"a.safetensors: {name} holds values that are not fin"):
+            flora.load_adapter(tiny_model(), file)
+
+
+def test_a_file_keeps_the_alpha_of_its_lora(tmp_path):
+    """Another alpha is another adapter; one that is saved and loaded is the same."""
+    model, ids = tiny_model(), torch.randint(0, 300, (1, 9))
+    one = random_adapter(model, "lora", 2, alpha=3.0)
+    flora.save_adapter(model, one, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["flora_adapter"])["alpha"] == 3.0
+    again = flora.load_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(model(ids, torch.tensor([one])), model(ids, torch.tensor([again])))
+    other = flora.add_adapter(model, "lora", 2, alpha=8.0)
+    mine = flora.adapter_parameters(model, one)
+    for name, p in flora.adapter_parameters(model, other).items():
+        p.data.copy_(mine[name.replace(f".{other}.", f".{one}.")])
+    difference = model(ids, torch.tensor([one])) - model(ids, torch.tensor([other]))
+    assert difference.abs().max() > 1e-3

@@ -1,4 +1,5 @@
 """Checkpoints and processes of a training."""
+import argparse
 import contextlib
 import json
 import resource
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -104,3 +106,17 @@ def test_resume_tells_bases_and_data_apart_by_their_contents(
     capsys.readouterr()
     assert run_train(*moved)["log"][-1]["step"] == 4
     assert "is not checked" in capsys.readouterr().out
+
+
+def test_a_run_draws_by_its_seed_its_step_and_its_micro_step(tiny_folder, tmp_path):
+    def drawn(seed, step, micro):
+        args = argparse.Namespace(seed=seed, block_size=8, batch_size=4)
+        return tuple(train.batch(np.arange(10_000), args, step, micro)[0].flatten().tolist())
+
+    one = drawn(0, 1, 0)
+    assert one == drawn(0, 1, 0) and len(set(one)) > 8
+    assert len({one, drawn(1, 1, 0), drawn(0, 2, 0), drawn(0, 1, 1), drawn(0, 0, 1)}) == 5
+    adapters = {seed: run_train(tiny_folder, tmp_path / str(seed), "--steps", 0, "--adapter",
+                                "lora", "--seed", seed)["adapter_file"] for seed in (0, 1)}
+    first, second = (load_file(file) for file in adapters.values())
+    assert any(not torch.equal(first[name], second[name]) for name in first)   # where it starts

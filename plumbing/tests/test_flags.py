@@ -1,12 +1,18 @@
 """Flags: bad input is one sentence and exit status 2."""
+import io
+import json
 import subprocess
 import sys
 
 import pytest
 
 import bench
+import generate
+from model import GPT
 from plumbing.files import BadInput
-from plumbing.flags import EMBEDDED
+from plumbing.flags import EMBEDDED, get_device, run_main
+from plumbing.provenance import base_digest
+from plumbing.tokenizer import Tokenizer
 from test_flora import HERE, run_script, tiny_flags
 
 
@@ -21,6 +27,10 @@ from test_flora import HERE, run_script, tiny_flags
      "tokens, fewer than --block-size 64; give more files"),
     ("train", "--device tpu", "--device tpu: not usable here"),
     ("train", "--out {short}/a.h", "a.h: cannot be made a folder"),
+    ("generate", "--prompt a --device hpu", "--device hpu: not usable here"),
+    ("generate", "--prompt a --weights bigcode/starcoderbase-1b",
+     "bigcode/starcoderbase-1b: no such model folder; if it is a name on Hugging Face's hub, "
+     "download it with: hf download bigcode/starcoderbase-1b --local-dir starcoderbase-1b"),
     ("train", "--steps -1", "--steps is -1; use a whole number of at least 0"),
     ("generate", "", "no prompt; give --prompt TEXT or --prompt-file FILE"),
     ("generate", "--prompt a --prompt b --adapter x --adapter y --adapter z",
@@ -81,9 +91,44 @@ def test_bench_refuses_what_it_cannot_run_in_a_sentence(served_folder, tmp_path,
 
 
 def test_a_reader_that_goes_away_ends_a_script_without_a_traceback():
-    lines = "from plumbing.flags import run_main; run_main(lambda: [print('x' * 99) for _ in range(9999)])"
+    lines = ("from plumbing.flags import run_main\n"
+             "run_main(lambda: [print('x' * 99) for _ in range(9999)])")
     script = subprocess.Popen([sys.executable, "-c", lines], cwd=HERE, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     script.stdout.readline()
     script.stdout.close()
     assert script.stderr.read() == "" and script.wait() == 141
+
+
+def test_a_device_that_is_not_here_is_told_in_one_short_line():
+    for name in ("mps", "tpu", "hpu"):
+        with pytest.raises(BadInput, match=f"--device {name}: not usable here .*; use cpu") as told:
+            get_device(name)
+        assert len(str(told.value)) < 150
+
+
+def test_only_what_looks_like_a_name_on_the_hub_is_taken_for_one(tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folder, hub in [("org/model-1b.v2", True), ("models/model", False), ("model", False),
+                        ("./model", False), ("../a/b", False), ("a/b/c", False), ("/a/b", False)]:
+        for load in (Tokenizer, GPT.from_pretrained, base_digest):
+            with pytest.raises(BadInput, match=f"^{folder}: no such model folder") as told:
+                load(folder)
+            assert ("hf download" in str(told.value)) == hub
+
+
+@pytest.mark.parametrize("encoding,shown", [("latin-1", "é \\u2192"), ("ascii", "\\xe9 \\u2192")])
+def test_output_that_is_not_utf8_shows_escapes_and_loses_nothing(
+        encoding, shown, tiny_folder, tmp_path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", [
+        "generate.py", "--weights", str(tiny_folder), "--prompt", "é →", "--max-new-tokens", "4",
+        "--json", str(tmp_path / "o.json")])
+    run_main(generate.main)
+    out.flush()
+    row = json.loads((tmp_path / "o.json").read_text())[0]
+    text = row["prompt"] + row["text"]
+    assert out.buffer.getvalue().decode(encoding).startswith(shown) and row["prompt"] == "é →"
+    assert out.buffer.getvalue() == (text + "\n").encode(encoding, "backslashreplace")

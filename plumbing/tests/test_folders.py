@@ -155,6 +155,32 @@ def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
         assert torch.equal(GPT.from_pretrained(folder).ln_f.weight, kept * tensors[name])
 
 
+def test_shards_may_lie_in_folders_inside_and_nowhere_else(tmp_path):
+    folder, wanted = copy_of_tiny(tmp_path / "a"), GPT.from_pretrained(TINY)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "out.safetensors")
+    (folder / "deep" / "er").mkdir(parents=True)
+    files = [f"deep/{part}.safetensors" for part in ("1", "er/1", "er/../2")]
+    weight_map = {name: files[i % 3] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file},
+                  folder / file)
+
+    def load(weight_map):
+        index = dict(weight_map=weight_map)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return GPT.from_pretrained(folder)
+
+    assert load(weight_map).fingerprint == wanted.fingerprint
+    for outside in ("../out.safetensors", "deep/../../out.safetensors", "..",
+                    str(tmp_path / "out.safetensors")):
+        with pytest.raises(BadInput, match="index.json: names the shard .*, which is not in this"):
+            load(dict.fromkeys(tensors, outside))
+    for missing in ("out.safetensors", "deep/out.safetensors", "deep"):
+        with pytest.raises(BadInput, match=f"{missing}: this shard, named in .*, is missing"):
+            load(weight_map | {next(iter(tensors)): missing})
+
+
 @pytest.mark.parametrize("name", [
     "model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
 def test_pointers_of_git_lfs_folders_and_pipes_are_named_as_such(name, tmp_path):
@@ -195,3 +221,38 @@ def test_a_merged_folder_keeps_what_goes_with_the_tokenizer_and_no_stranger(tmp_
     assert json.loads((merged / "config.json").read_text())["eos_token_id"] == [2, 5]
     assert Tokenizer(merged).eos_ids == [2, 5, 9]
     Tokenizer(merged).save(merged)   # onto itself
+
+
+def test_every_tensor_of_a_base_counts_in_its_fingerprint(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    tensors, known = load_file(tmp_path / "model.safetensors"), {model.fingerprint}
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor + 0.125}, tmp_path / "model.safetensors")
+        known.add(GPT.from_pretrained(tmp_path).fingerprint)
+        changed = tiny_model(family)
+        changed.base_parameters()[name].data += 0.125
+        assert changed.fingerprint in known   # of a model and of its folder, one fingerprint
+    assert len(known) == 1 + len(tensors)
+
+
+def test_the_norms_are_those_of_config_json(tmp_path):
+    """Of a large epsilon, since a small one moves no logit."""
+    folder = copy_of_tiny(tmp_path / "a", layer_norm_epsilon=0.5)
+    model, seen = GPT.from_pretrained(folder), []
+
+    def compare(norm, inputs, output):
+        x, = inputs
+        variance = x.var(-1, keepdim=True, unbiased=False)
+        wanted = (x - x.mean(-1, keepdim=True)) / (variance + 0.5).sqrt()
+        seen.append((wanted * norm.weight + norm.bias - output).abs().max().item())
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(compare)
+    logits = model(torch.arange(9)[None])
+    assert len(seen) == 2 * model.config.n_layer + 1 and max(seen) < 1e-4
+    assert (logits - GPT.from_pretrained(TINY)(torch.arange(9)[None])).abs().max() > 1e-2
+    model.save_pretrained(tmp_path / "b")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "b")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "b")(torch.arange(9)[None]), logits)

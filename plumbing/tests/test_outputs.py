@@ -74,6 +74,10 @@ def test_outputs_are_checked_before_the_work(tmp_path):
             ("old.json", PNG, "holds something else")]:
         with pytest.raises(BadInput, match=f"--json .*{sentence}"):
             check_writable(os.path.join(tmp_path, name), "--json", kind)
+    for name in ("x.json", "x.png.txt"):
+        with pytest.raises(BadInput, match=f"--out .*{name}: this writes a PNG; choose"):
+            check_writable(str(tmp_path / name), "--out", PNG)
+    check_writable(str(tmp_path / "x.PNG"), "--out", PNG)
     check_writable(str(tmp_path / "old.json"), "--json", JSON)
     check_writable(str(tmp_path / "new" / "x.png"), "--png", PNG, make_folder=True)
     assert sorted(os.listdir(tmp_path)) == ["new", "old.json", "text"]

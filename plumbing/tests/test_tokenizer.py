@@ -81,11 +81,32 @@ def test_every_end_token_of_a_folder_ends_a_text_and_none_is_in_it(tmp_path):
         ids = generate.generate(model, prompts, max_new_tokens=12, eos_id=eos)[0]
         assert ids == free[:end + 1]
     assert new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"
-    for bad in ([300], -1, "x", [True]):
+    for bad in ([3, -1], -1, "x", [True]):
         copy_of_tiny(tmp_path / f"bad{bad}", eos_token_id=bad)
         for load in (Tokenizer, GPT.from_pretrained):
             with pytest.raises(BadInput, match="eos_token_id"):
                 load(tmp_path / f"bad{bad}")
+
+
+@pytest.mark.parametrize("stated,kept,written", [
+    (50256, [], 50256), ([300, 299], [299], [299]), ([300], [], [300])])
+def test_an_end_token_outside_of_the_vocabulary_ends_no_text_and_is_told_once(
+        stated, kept, written, tmp_path, capsys):
+    """transformers writes eos_token_id 50256 for any small random GPTBigCode, in both files."""
+    folder = copy_of_tiny(tmp_path / "a", eos_token_id=stated)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    tokenizer, model = Tokenizer(folder), GPT.from_pretrained(folder)
+    told = capsys.readouterr().err.splitlines()
+    outside = stated if isinstance(stated, int) else 300
+    assert told == [f"warning: {folder}: eos_token_id {outside} is outside of the vocabulary of "
+                    "300, so it ends no text"]
+    assert tokenizer.eos_ids == kept and tokenizer.eos_id == (kept or [0])[0]
+    assert model.config.eos_token_id == written
+    free = generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12)
+    assert free == generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12,
+                                     eos_id=tokenizer.eos_ids)
+    model.save_pretrained(tmp_path / "again")
+    assert GPT.from_pretrained(tmp_path / "again").config.eos_token_id == written
 
 
 def test_what_training_scripts_leave_in_a_tokenizer_json_changes_no_text(tmp_path):
@@ -128,3 +149,76 @@ def test_text_that_the_model_has_no_ids_for_is_refused_by_tokenizer_and_training
                        "--block-size", 8)
     with pytest.raises(BadInput, match="token id 300"):
         train.train(train.parse_args(flags))
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A tokenizer.model of Llama 2's kind of 310 pieces: <unk>, <s>, </s>, bytes, a space before
+    each text."""
+    import sentencepiece
+    file = tmp_path_factory.mktemp("pieces") / "tokenizer.model"
+    lines = ["the quick brown fox jumps over the lazy dog", "hello world answer question"] * 50
+    with open(file, "wb") as f:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=310,
+            byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+            remove_extra_whitespaces=False)
+    return file
+
+
+def piece_tokenizer(pieces, folder, decoder={}, **config):
+    """The Tokenizer of a folder with transformers' tokenizer_config.json."""
+    folder.mkdir()
+    shutil.copy(pieces, folder)
+    decoder = {"2": dict(content="</s>", special=True)} | decoder
+    values = dict(add_bos_token=True, legacy=True, added_tokens_decoder=decoder) | config
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return Tokenizer(folder)
+
+
+def test_special_tokens_in_a_text_are_the_ids_that_transformers_gives_them(pieces, tmp_path):
+    extra = dict(content="<|im_end|>", special=True)
+    plain = piece_tokenizer(pieces, tmp_path / "plain")
+    chat = piece_tokenizer(pieces, tmp_path / "chat", {"310": extra})
+    hello, hello_space, world = map(plain.encode, ("hello", "hello ", "world"))
+    assert plain.encode("hello </s><s>world", bos=True) == [1, *hello_space, 2, 1, *world]
+    assert plain.encode("<unk>hello") == [0, *hello]
+    assert chat.encode("hello<|im_end|>", bos=True) == [1, *hello, 310]
+    assert chat.token_id("<|im_end|>") == 310 and plain.token_id("<|im_end|>") is None
+    stripping = piece_tokenizer(pieces, tmp_path / "rstrip", {"310": extra | dict(rstrip=True)})
+    assert stripping.encode("hello<|im_end|>\n world") == [*hello, 310, *world]
+    bare = tmp_path / "bare"   # no tokenizer_config.json: the control pieces alone
+    bare.mkdir()
+    shutil.copy(pieces, bare)
+    for tokenizer in (plain, chat, Tokenizer(bare)):
+        assert tokenizer.encode("hello</s>world") == [*hello, 2, *world]
+        for text in ("</s> hello <s>\n<unk>", " <|im_end|> hello", "a</s>", "<s>▁</s>"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_tokenizer_config_says_whether_a_bos_and_where_a_space_is_put(pieces, tmp_path):
+    def tokenizer(name, **config):
+        return piece_tokenizer(pieces, tmp_path / name, **config)
+
+    hello = tokenizer("plain").encode("hello")
+    for name, bos, config in [("yes", 1, dict(add_bos_token=True)),
+                              ("no", None, dict(add_bos_token=False)),
+                              ("null", None, dict(add_bos_token=None)),
+                              ("other", 2, dict(bos_token="</s>")),
+                              ("object", 2, dict(bos_token=dict(content="</s>")))]:
+        assert tokenizer(name, **config).bos_id == bos
+        ids = tokenizer(name + "2", **config).encode("hello", bos=True)
+        assert ids == [bos] * bool(bos) + hello
+    modern = tokenizer("modern", legacy=False)   # the space is put before the first part alone
+    assert modern.encode("hello</s> hello") == [*hello, 2, *hello]
+    assert modern.encode("hello</s>hello") != modern.encode("hello</s> hello")
+    for text in ("hello</s>hello", "hello</s> hello", "</s>hello", "</s> hello", " </s>▁ x"):
+        assert modern.decode(modern.encode(text)) == text
+
+
+def test_what_looks_like_a_special_token_in_code_is_code_to_the_embedded_model():
+    tokenizer = Tokenizer(EMBEDDED)
+    for text in ("<|endoftext|>", "x = '<unk>'", "</s><s>"):
+        ids = tokenizer.encode(text)
+        assert min(ids) > 1 and tokenizer.decode(ids) == text
+    assert tokenizer.bos_id is None
