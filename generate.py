@@ -26,7 +26,8 @@ from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable
 from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
 from plumbing.registry import extra
-from plumbing.requests import DIVERGED, as_list, check_request, fits_in_memory, refuse_failed
+from plumbing.requests import (DIVERGED, as_list, check_request, fits_in_memory, refuse_failed,
+                               start_token)
 from plumbing.tokenizer import Tokenizer
 
 
@@ -60,7 +61,7 @@ NOT_FINITE = -1   # in the place of a token, where a row's logits are NaN or inf
 @dataclass(eq=False)
 class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
-    prompt: list                  # token ids; empty is the config's eos_token_id
+    prompt: list                  # token ids; empty is the config's eos_token_id, or 0
     adapter_id: int = BASE
     max_new_tokens: int = 64      # once submitted, at most what the context leaves
     temperature: float = 0.0      # 0 is greedy
@@ -138,7 +139,7 @@ class Engine:
         One that cannot run fails alone: it comes back with `error` set, and step() reports it like
         any other that has ended.
         """
-        request = Request(list(prompt) or as_list(self.model.config.eos_token_id)[:1], **settings)
+        request = Request(list(prompt) or [start_token(self.model.config)], **settings)
         request.arrived, request.eos_id = time.perf_counter(), as_list(request.eos_id)
         try:
             check_request(request, self.length, self.model.config)
@@ -353,7 +354,7 @@ def submit_batch(model, rows, max_new_tokens=64, seed=0, **settings):
     """An Engine that runs all `rows` at once, and their Requests.
 
     rows: a dict of Request's fields for each (prompt, adapter_id). settings: those of all."""
-    length = max(len(row["prompt"]) for row in rows) + max_new_tokens
+    length = max(1, *(len(row["prompt"]) for row in rows)) + max_new_tokens
     engine = new_engine(model, len(rows), length=length, sync_every=1)
     return engine, [engine.submit(**row, max_new_tokens=max_new_tokens, seed=row_seed(seed, i),
                                   **settings) for i, row in enumerate(rows)]

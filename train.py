@@ -35,6 +35,7 @@ from plumbing.prompts import new_text
 from plumbing.registry import extra
 from plumbing.report import finish, make_report, say_sizes
 from plumbing.runs import begin
+from plumbing.texts import within_budget
 from plumbing.tokenizer import Tokenizer
 
 
@@ -42,16 +43,13 @@ from plumbing.tokenizer import Tokenizer
 
 
 def heldout_blocks(texts, tokenizer, block_size, budget):
-    """Entire held-out files of about `budget` tokens -> (x, y [N, block], bytes of text).
+    """Held-out texts of about `budget` tokens -> (x, y [N, block], bytes of text).
 
-    Every token of each file is predicted once; y is -100 on padding."""
+    Every token of each is predicted once; y is -100 on padding."""
     rows, size = [], 0
     first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    for text in texts:
-        ids = [first] + tokenizer.encode(text)
-        if rows and len(ids) > budget:
-            continue
-        budget -= len(ids)
+    for text, ids in within_budget(texts, tokenizer, budget):
+        ids = [first, *ids]
         size += len(text.encode())
         rows += [ids[i:i + block_size + 1] for i in range(0, len(ids) - 1, block_size)]
     x = torch.zeros(len(rows), block_size, dtype=torch.int64)

@@ -15,6 +15,11 @@ def as_list(ids):
     return [ids] if isinstance(ids, int) else list(ids)
 
 
+def start_token(config):
+    """What an empty prompt is: the eos_token_id, or 0 where the vocabulary has none."""
+    return next((i for i in as_list(config.eos_token_id) if i < config.vocab_size), 0)
+
+
 def check_request(request, length, config):
     """BadInput for a Request that was refused before, or whose prompt or settings an engine of
     `length` tokens cannot run."""

@@ -149,3 +149,11 @@ def test_the_line_to_try_after_a_training_is_of_its_data(tmp_path, capsys):
     hint = next(line for line in capsys.readouterr().out.splitlines() if "--prompt" in line)
     flags = shlex.split(hint)
     assert flags[flags.index("--prompt") + 1] == "it's(a)" == args.try_prompt
+
+
+def test_one_text_file_is_enough_for_a_training_and_its_measure_keeps_to_the_budget(tmp_path):
+    (tmp_path / "input.txt").write_text("".join(f"line {i} of a long text\n" for i in range(9000)))
+    args = train.parse_args(tiny_flags(TINY, tmp_path / "out", "--data", tmp_path / "input.txt",
+                                       "--steps", 1, "--block-size", 8, "--eval-tokens", 100))
+    report = train.train(args)
+    assert 90 <= report["heldout_tokens"] <= 102 and report["heldout_bytes"] < 1000

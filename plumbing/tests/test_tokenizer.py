@@ -105,6 +105,9 @@ def test_an_end_token_outside_of_the_vocabulary_ends_no_text_and_is_told_once(
     free = generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12)
     assert free == generate.generate(model, [tokenizer.encode("def f(")], max_new_tokens=12,
                                      eos_id=tokenizer.eos_ids)
+    first = [i for i in (*kept, 0)][:1]   # what an empty prompt is
+    assert generate.generate(model, [[]], max_new_tokens=3) == generate.generate(
+        model, [first], max_new_tokens=3)
     model.save_pretrained(tmp_path / "again")
     assert GPT.from_pretrained(tmp_path / "again").config.eos_token_id == written
 
