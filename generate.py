@@ -26,8 +26,7 @@ from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable
 from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
 from plumbing.registry import extra
-from plumbing.requests import (DIVERGED, as_list, check_request, fits_in_memory, refuse_failed,
-                               start_token)
+from plumbing.requests import DIVERGED, complete_request, fits_in_memory, refuse_failed
 from plumbing.tokenizer import Tokenizer
 
 
@@ -139,18 +138,15 @@ class Engine:
         One that cannot run fails alone: it comes back with `error` set, and step() reports it like
         any other that has ended.
         """
-        request = Request(list(prompt) or [start_token(self.model.config)], **settings)
-        request.arrived, request.eos_id = time.perf_counter(), as_list(request.eos_id)
+        request = Request(list(prompt), **settings)
+        request.arrived = time.perf_counter()
         try:
-            check_request(request, self.length, self.model.config)
+            complete_request(request, self.length, self.model.config)
             if request.adapter_id != BASE:
                 flora.adapters_of(self.model, request.adapter_id)
+            self.waiting.append(request)
         except BadInput as e:
             self.fail(request, str(e))
-        else:
-            room = max(1, self.length - len(request.prompt))   # a token follows a full context too
-            request.max_new_tokens = min(request.max_new_tokens, room)
-            self.waiting.append(request)
         return request
 
     def cancel(self, request):
