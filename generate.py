@@ -42,9 +42,10 @@ def sample(logits, temperature, top_k, top_p, u):
     greedy = logits.argmax(-1)
     scaled = logits.float() / temperature.clamp(min=1e-6)[:, None]
     probs, order = scaled.softmax(-1).sort(descending=True)              # [B, vocab]
-    before = probs.cumsum(-1) - probs                                    # mass of likelier tokens
-    ranks = torch.arange(probs.shape[-1], device=logits.device)
-    keep = (before < top_p[:, None]) & ((ranks < top_k[:, None]) | (top_k[:, None] == 0))
+    ranks, top_k = torch.arange(probs.shape[-1], device=logits.device), top_k[:, None]
+    probs = probs * ((ranks < top_k) | (top_k == 0))
+    mass = probs.cumsum(-1)                                              # of it top-p takes a share
+    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by the likelier tokens' mass
     keep[:, 0] = True
     mass = (probs * keep).cumsum(-1)
     choice = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)   # inverse of the CDF
