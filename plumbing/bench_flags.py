@@ -3,23 +3,23 @@ import argparse
 import os
 
 from plumbing.files import BadInput
-from plumbing.flags import add_common_flags, check_numbers, get_device
+from plumbing.flags import Help, add_common_flags, check_numbers, get_device
 from plumbing.outputs import JSON, PNG, check_writable
 
 
 def parse_args(argv, description, known_rows, presets):
     parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="of FLoRA and LoRA")
     add("--mode", nargs="+", choices=["throughput", "latency", "layer", "token"],
-        default=["throughput", "latency"])
+        default=["throughput", "latency"], help="what is measured; layer and token are extras'")
     rows = [name for name in known_rows if name != "flora-eq6"]
     add("--rows", nargs="+", default=rows, metavar="ROW", help="the base always runs too; "
         f"{', '.join(known_rows)}, and those of extras/bench_more.py (default: {' '.join(rows)})")
     add("--model", metavar="NAME", help="a size instead of --weights, with --random-weights: "
         f"{', '.join(presets)}, or one of extras/llama.py's")
-    add("--random-weights", action="store_true")
+    add("--random-weights", action="store_true", help="goes with --model")
     add("--attention", choices=["flash", "math"], default="flash", help="math: as in the paper")
     add("--compile", action="store_true",
         help="decode with torch.compile; its time is reported apart")
