@@ -36,8 +36,10 @@ def parse_args(argv, description, known_rows, presets):
         help="tokens an example, for layer")
     add("--token-length", type=int, default=128, help="new tokens of a request, for token")
     add("--repeats", type=int, default=3,
-        help="rounds; latency takes one, its spread is over the requests")
-    add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
+        help="runs of the workload; latency takes one, its interval is over the requests")
+    add("--turns", choices=["steps", "rounds"], default="steps", help="rows take turns by single "
+        "steps, each with a cache of its own, or by whole workloads (extras/bench_rounds.py)")
+    add("--png", metavar="FILE", help="default: out/fig2_DEVICE.png")
     add("--plot", nargs="+", metavar="JSON",
         help="no measuring: draw the throughput of these results into --png (Fig. 3)")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
@@ -59,7 +61,7 @@ def find_outputs(args):
     """Fill in --json and --png, and see that both can be written."""
     device = get_device(args.device).type
     args.json = args.json or os.path.join("out", f"bench_{device}.json")
-    args.png = args.png or os.path.join("figures", f"fig2_{device}.png")
+    args.png = args.png or os.path.join("out", f"fig2_{device}.png")
     check_writable(args.json, "--json", JSON, make_folder=True)
     if args.mode != ["token"]:
         check_writable(args.png, "--png", PNG, make_folder=True)
