@@ -362,13 +362,13 @@ def test_merging_gives_the_adapted_model(family, adapter):
         flora.adapter_parameters(model, 1)
 
 
-@pytest.mark.parametrize("lora", [flora.lora_addend, bench.lora_per_token])
+@pytest.mark.parametrize("lora", [flora.add_lora, bench.lora_per_token])
 @pytest.mark.parametrize("T", [1, 7])
 def test_lora_paths_equal_the_dense_definition(lora, T):
     """y_i = x_i (W0 + (alpha / r) B_i A_i): mixed ranks and the base, with and without gather."""
     torch.manual_seed(0)
     layer = flora.AdapterLinear(16, 24)
-    layer.num_adapters, layer.lora = 3, lora
+    layer.num_adapters, layer.add_lora = 3, lora
     for i, rank in [(1, 1), (3, 4)]:
         layer.adapters[str(i)] = flora.LoRA(rank, "c_fc", 16, 24)
         torch.nn.init.normal_(layer.adapters[str(i)].A)
@@ -1052,7 +1052,7 @@ def check_bench_result(result, printed, folder):
     assert {row["request_rate"] for row in served if row["mode"] == "latency"} == {500}
     assert all(row["ratio_to_base"] == 1 for row in served if row["method"] == "base")
     assert result["eq7"]["predicted"]["c1"] > 0 and "predicted inflection rank" in printed
-    assert (folder / "figures" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "out" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("*.tmp"))
     for row in served:
         assert f"{row['tokens_per_second']:.1f}" in printed
@@ -1080,7 +1080,7 @@ def test_bench_does_not_time_variants_that_disagree(family):
     sets = bench.make_adapter_sets(fresh, [("lora", 2), ("flora", 2), ("ia3", 0.5)], 2)
     bench.check_agreement(fresh, sets, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "lora_per_token", lambda x, rows: 0)
+        patch.setattr(bench, "lora_per_token", lambda y, x, rows: y)
         with pytest.raises(RuntimeError, match="lora rank 2: token differs from example"):
             bench.check_agreement(fresh, sets, torch.float32)
 
