@@ -4,13 +4,7 @@ Most tests use a tiny random model; those of the embedded model say so. Nothing 
 """
 import copy
 import json
-import os
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +21,6 @@ import train
 from flora import BASE
 from generate import Engine
 from model import GPT, PRESETS, GPTConfig, model_from_config, preset
-from plumbing.checkpoints import load_checkpoint
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, run_main
 from plumbing.texts import load_texts
@@ -110,61 +103,6 @@ def layer_with(kind, rank, columns=None, d=24, k=36, **options):
         for p in adapter.parameters():
             p.add_(0.5 * torch.randn_like(p))
     return layer, adapter
-
-
-# ------------------------------------------------------------------------- the core without extras/
-
-DRIVER = """
-import shlex, sys, importlib
-from plumbing.flags import run_main
-for line in sys.stdin:
-    script, *sys.argv[1:] = shlex.split(line)
-    sys.argv[0] = f"{script}.py"
-    try:
-        run_main(importlib.import_module(script).main)
-    except SystemExit as e:
-        print("exit status", e.code, file=sys.stderr)
-"""
-
-
-def test_the_core_is_complete_without_extras(tiny_folder, tmp_path):
-    """A copy without the folder trains, generates and measures; what extras/ would add is refused
-    in a sentence that names the file. (.ci/run tests such a copy by all of this file.)"""
-    core = tmp_path / "core"
-    core.mkdir()
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, core)
-    for folder in ("base", "fixtures", "plumbing"):
-        (core / folder).symlink_to(HERE / folder)
-    train = " ".join(["train", *tiny_flags(tiny_folder, "OUT", "--steps", 2)])
-    lines = [train.replace("OUT", f"out/{kind}") + f" --adapter {kind}" for kind in flora.KINDS]
-    files = [f"--adapter out/{kind}/adapter.safetensors" for kind in flora.KINDS]
-    prompts = "--prompt 'int a' --max-new-tokens 2 --json out/generated.json"
-    lines += [f"generate --weights {tiny_folder} --adapter none {' '.join(files)} {prompts}",
-              f"bench --weights {tiny_folder} --ranks 1 2 --num-requests 3 --scale 0.02 --slots 2 "
-              "--num-adapters 2 --repeats 1 --json out/bench.json --png out/bench.png"]
-    train_x, llama_folder = train.replace("OUT", "out/x"), FIXTURES / "tiny_llama"
-    refused = {
-        f"{train_x} --adapter ffba": "there is no extras/ffba.py for it",
-        f"{train_x} --adapter none": "--adapter none needs extras/pretrain.py",
-        f"generate --weights {llama_folder} --prompt a": "there is no extras/llama.py for it",
-        f"generate --weights {tiny_folder} --adapter out --prompt a": "needs extras/peft.py",
-        f"generate --weights {tiny_folder} --quantize int8 --prompt a": "needs extras/int8.py",
-        f"generate --weights {tiny_folder} --requests a --results b": "needs extras/requests.py",
-        f"bench --weights {tiny_folder} --rows lora-masked": "needs extras/bench_more.py"}
-    ran = subprocess.run([sys.executable, "-c", DRIVER], cwd=core, capture_output=True, text=True,
-                         input="\n".join([*lines, *refused]),
-                         env=os.environ | {"PYTHONPATH": str(core)})
-    errors = ran.stderr.splitlines()
-    assert ran.returncode == 0 and "Traceback" not in ran.stderr, ran.stderr
-    assert errors.count("exit status 2") == len(refused), ran.stderr
-    sentences = [errors[i - 1] for i, line in enumerate(errors) if line == "exit status 2"]
-    for sentence, expected in zip(sentences, refused.values()):
-        assert expected in sentence
-    assert len(json.loads((core / "out/generated.json").read_text())) == 1 + len(flora.KINDS)
-    rows = json.loads((core / "out/bench.json").read_text())["rows"]
-    assert {row["baseline"] for row in rows} >= {
-        "base", "ia3", "flora", "lora-example", "lora-token"}
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -398,22 +336,6 @@ def test_the_inflection_rank_is_where_eq_7_holds_with_equality():
     assert bench.free_rank(32, 295) == pytest.approx(9.2, abs=0.05)   # batch 32 on an H100
 
 
-@pytest.mark.parametrize("kind,rank,targets,sentence", [
-    ("dora", 1, None,
-     "unknown adapter kind 'dora'; use one of flora, lora, ia3, or a kind that extras/ holds"),
-    ("lora", 1, ["attn"], "unknown target 'attn'; use one of c_attn"),
-    ("flora", 0, None, "rank is 0; use a whole number of at least 1"),
-    ("lora", 1.5, None, "rank is 1.5; use a whole number"),
-    ("flora", 1, ["wq"], "unknown target 'wq'; use one of c_attn, c_attn.qk.*or all"),
-    ("flora", 1, ["q_proj"],
-     "unknown target 'q_proj'; use one of c_attn, c_attn.qk, .*mlp.c_proj, or all"),
-    ("flora", 1, ["c_attn", "c_attn.qk"], "adapt transformer.h.0.attn.c_attn twice"),
-])
-def test_adapters_that_cannot_be_are_refused_in_a_sentence(kind, rank, targets, sentence):
-    with pytest.raises(BadInput, match=sentence):
-        flora.add_adapter(tiny_model(), kind, rank, targets)
-
-
 # -------------------------------------------------------------------------------------- the model
 
 
@@ -515,16 +437,6 @@ def test_greedy_of_a_ragged_batch_equals_hugging_face_one_by_one(tiny, golden, f
     assert generate.generate(tiny, prompts, max_new_tokens=12) == golden["greedy"].tolist()
 
 
-def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp_path):
-    tiny.save_pretrained(tmp_path)
-    ours = load_file(tmp_path / "model.safetensors")
-    theirs = load_file(FIXTURES / f"tiny{name}" / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
-    assert GPT.from_pretrained(tmp_path).config == tiny.config
-
-
 # --------------------------------------------------------------------------------------- training
 
 
@@ -591,58 +503,6 @@ def test_a_training_ends_with_samples_of_the_base_and_of_the_saved_adapter(
         base, adapter = (tokenizer.decode(text, continues=True) for text in (base, adapter))
         assert (f"=== held out\n{tokenizer.decode(prompt)}\n--- base\n{base}\n"
                 f"--- adapter\n{adapter}\n") in printed
-
-
-def start_train(*args, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, str(HERE / "train.py"), *tiny_flags(*args)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.fixture(params=[(signal.SIGKILL, "flora"), (signal.SIGINT, "lora")],
-                ids=["kill", "interrupt"])
-def ending(request):
-    """How a training ends too early, and the kind of its adapter."""
-    return request.param
-
-
-def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(
-        ending, tiny_folder, tmp_path):
-    how, kind = ending
-    flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
-    process = start_train(tiny_folder, tmp_path / "cut", *flags)
-    while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(how)
-    printed = process.communicate()[0]
-    step = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
-    assert 10 <= step < 150 and "Traceback" not in printed
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    if how == signal.SIGINT:
-        assert f"interrupted at step {step}; go on with:" in printed and "--resume" in printed
-    with pytest.raises(BadInput, match=f"is an unfinished run at step {step}; add --resume"):
-        run_train(tiny_folder, tmp_path / "cut", *flags)
-    with pytest.raises(BadInput, match="was made with --seed 0, not 5; give the same flags"):
-        run_train(tiny_folder, tmp_path / "cut", *flags, "--resume", "--seed", 5)
-    resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
-    whole = run_train(tiny_folder, tmp_path / "whole", *flags)
-    after_cut = {p["step"]: p["heldout_loss"] for p in resumed["log"]}
-    assert {p["step"]: after_cut[p["step"]] for p in whole["log"]} == pytest.approx(
-        {p["step"]: p["heldout_loss"] for p in whole["log"]}, abs=1e-6)
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
-        tiny_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "learning_rate", lambda step, args: 1e-3 if step < 20 else 1e30)
-    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags(tiny_folder, tmp_path)])
-    with pytest.raises(SystemExit) as exit:
-        run_main(train.main)
-    assert exit.value.code == 1
-    sentence = ("loss is (nan|inf) at step 2[12]; "
-                "the last good checkpoint is kept in .*checkpoint.pt; lower --lr")
-    assert re.search(sentence, capsys.readouterr().err)
-    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert checkpoint["step"] == 20
-    assert all(t.isfinite().all() for t in checkpoint["trained"].values())
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -961,22 +821,6 @@ def test_a_request_ends_at_the_end_of_the_context(model):
     assert sampled.state == "done" and len(sampled.ids) == 1
 
 
-def test_a_setting_out_of_range_fails_alone(model):
-    engine, bad = Engine(model, slots=2), []
-    before = engine.submit([1, 2])
-    for setting, value in [
-            ("max_new_tokens", 0), ("seed", 10**20), ("seed", -1), ("top_k", 10**20), ("top_k", -1),
-            ("temperature", 10**400), ("temperature", float("nan")), ("temperature", float("inf")),
-            ("top_p", 0.0), ("top_p", float("nan"))]:
-        bad.append((setting, engine.submit([1, 2], **{setting: value})))
-    after = engine.submit([3], temperature=1.0)
-    engine.run()
-    for setting, request in bad:
-        assert request.state == "failed" and setting in request.error and request.ids == []
-        assert len(request.error) < 200
-    assert before.state == after.state == "done" and len(after.ids) == 63
-
-
 def test_generate_equals_the_plain_loop(model, expected):
     requests, _ = expected
     prompts, adapter_ids = [p for p, _ in requests[:9]], [s["adapter_id"] for _, s in requests[:9]]
@@ -1003,67 +847,7 @@ def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
     assert all(p.grad.abs().sum() > 0 for p in flora.adapter_parameters(model, 1).values())
 
 
-# ------------------------------------------------------------------------------------ command lines
-
-
-def script(name, *args, cwd=None):
-    command = [sys.executable, os.path.join(HERE, name), *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def write_jsonl(file, lines):
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
-
-
-ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_second",
-            "ratio_to_base", "seconds_per_output_token_mean", "seconds_per_output_token_p50",
-            "seconds_per_output_token_p99", "time_to_first_token_mean", "time_to_first_token_p99"}
-
-
-@pytest.fixture(scope="module")
-def served_folder(family, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    served_model([], family).save_pretrained(folder)
-    return folder
-
-
-def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
-    run = script("bench.py", "--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5,
-                 "--scale", 0.02, "--repeats", 1, "--slots", 2, "--num-adapters", 3,
-                 "--request-rate", 500, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / "out" / "bench_cpu.json").read_text())
-    # two modes; base and ia3; FLoRA and two LoRAs at two ranks
-    assert len(result["rows"]) == 2 * (2 + 2 * 3)
-    assert {row["baseline"] for row in result["rows"]} == {
-        "base", "ia3", "flora", "lora-example", "lora-token"}
-    check_bench_result(result, run.stdout, tmp_path)
-
-
-def check_bench_result(result, printed, folder):
-    """What holds for every run of modes throughput and latency with a request rate of 500."""
-    assert result.keys() >= {"machine", "model", "dtype", "workload", "limits", "rows", "eq7",
-                             "free_rank"}
-    served = [row for row in result["rows"] if row["mode"] != "layer"]
-    assert all(row.keys() >= ROW_KEYS for row in served)
-    assert {row["request_rate"] for row in served if row["mode"] == "latency"} == {500}
-    assert all(row["ratio_to_base"] == 1 for row in served if row["method"] == "base")
-    assert result["eq7"]["predicted"]["c1"] > 0 and "predicted inflection rank" in printed
-    assert (folder / "figures" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(folder.rglob("*.tmp"))
-    for row in served:
-        assert f"{row['tokens_per_second']:.1f}" in printed
-    free, limits = result["free_rank"], result["limits"]
-    balance = limits["matmul_gflop_s"] / limits["bandwidth_gb_s"] * 4 / 2   # float32
-    assert free["balance"] == pytest.approx(balance)
-    assert free["predicted"] == pytest.approx(balance / free["requests"])
-    throughput = [row for row in served if row["mode"] == "throughput"]
-    assert free["measured"]["flora"] == [
-        row["rank"] for row in throughput
-        if row["baseline"] == "flora" and row["ratio_to_base"] >= 0.97]
-    assert f"free rank: {balance:.1f} rows" in printed
+# ------------------------------------------------------------------------------------------- bench
 
 
 def test_bench_lengths_follow_the_paper_and_the_seed():
@@ -1095,5 +879,3 @@ def test_measured_free_and_inflection_ranks():
     assert bench.measured_free_ranks(rows, "flora-eq6") is None
     assert bench.measured_inflection(rows, "lora-token") == pytest.approx(3)
     assert bench.measured_inflection(rows, "lora-example") is None
-
-

@@ -10,9 +10,11 @@ import flora
 from extras import bench_more
 from model import GPT
 from plumbing.files import BadInput
+from plumbing.tests.conftest import script, served_folder  # noqa: F401
+from plumbing.tests.test_figures import ROW_KEYS, check_bench_result
 from plumbing.tests.test_flags import test_bench_refuses_what_it_cannot_run_in_a_sentence  # noqa: F401
 from test_flora import (  # noqa: F401
-    ROW_KEYS, assert_lora_equals_its_definition, check_bench_result, script, served_folder, served_model,
+    assert_lora_equals_its_definition, served_model,
     test_bench_does_not_time_variants_that_disagree)
 
 

@@ -14,7 +14,8 @@ from model import GPT, model_from_config, preset
 from plumbing.files import BadInput
 from plumbing.tokenizer import Tokenizer
 from plumbing.tests.test_adapter_files import test_saved_adapters_load_equal_and_carry_their_metadata  # noqa: F401
-from plumbing.tests.test_folders import test_folders_round_trip_whole_sharded_and_as_bin  # noqa: F401
+from plumbing.tests.test_folders import (  # noqa: F401
+    test_folders_round_trip_whole_sharded_and_as_bin, test_saved_folder_keeps_every_tensor_of_hugging_face)
 from plumbing.tests.test_tokenizer import (  # noqa: F401
     test_tokenizers_round_trip_a_text_whole_and_as_what_follows_another)
 from test_flora import (  # noqa: F401, run again here with the fixtures below
@@ -34,7 +35,6 @@ from test_flora import (  # noqa: F401, run again here with the fixtures below
     test_only_the_adapter_gets_gradients,
     test_plain_math_attention_equals_scaled_dot_product_attention,
     test_requests_are_the_same_with_the_tokens_read_every_fourth_step,
-    test_saved_folder_keeps_every_tensor_of_hugging_face,
     tiny_model)
 
 

@@ -14,7 +14,7 @@ from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.tests.test_tokenizer import copy_of_tiny
 from plumbing.tokenizer import Tokenizer
-from test_flora import TINY, random_adapter, tiny_model
+from test_flora import FIXTURES, TINY, random_adapter, tiny_model
 
 
 def test_folders_round_trip_whole_sharded_and_as_bin(family, tmp_path):
@@ -43,6 +43,16 @@ def test_folders_round_trip_whole_sharded_and_as_bin(family, tmp_path):
     sentence = "model-2.safetensors: this shard, named in .*index.json, is missing"
     with pytest.raises(BadInput, match=sentence):
         loads()
+
+
+def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    ours = load_file(tmp_path / "model.safetensors")
+    theirs = load_file(FIXTURES / f"tiny{name}" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
+    assert GPT.from_pretrained(tmp_path).config == tiny.config
 
 
 def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
