@@ -37,8 +37,8 @@ def test_a_packed_model_attends_to_a_cache_as_a_plain_one(key_heads, dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, heads, n, 8, dtype=dtype)
                for heads, n in [(4, 1), (key_heads, 7), (key_heads, 7)])
-    unseen = torch.arange(7) > torch.tensor([0, 3, 6])[:, None, None]         # [3, 1, 7]
-    mask = torch.zeros(3, 1, 7, dtype=dtype).masked_fill(unseen, float("-inf"))
+    unseen = torch.arange(7) > torch.tensor([0, 3, 6])[:, None, None, None]   # [3, 1, 1, 7]
+    mask = torch.zeros(3, 1, 1, 7, dtype=dtype).masked_fill(unseen, float("-inf"))
     exact = attend(q.double(), k.double(), v.double(), mask.double())
     ours = packed.attend_to_cache(q, k, v, mask)
     assert (ours - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-5)
