@@ -2,7 +2,6 @@
 
 Most tests use a tiny random model; those of the embedded model say so. Nothing here is timed.
 """
-import copy
 import json
 import sys
 from dataclasses import replace
@@ -23,7 +22,6 @@ from generate import Engine
 from model import GPT, PRESETS, GPTConfig, model_from_config, preset
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, run_main
-from plumbing.texts import load_texts
 from plumbing.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -488,23 +486,6 @@ def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
     assert sum(p.numel() for p in saved.values()) == report["trainable_parameters"]
 
 
-def test_a_training_ends_with_samples_of_the_base_and_of_the_saved_adapter(
-        tiny_folder, tmp_path, capsys):
-    """Each as it is when generated alone."""
-    args = train.parse_args(tiny_flags(tiny_folder, tmp_path, "--steps", 2, "--lr", 0.1))
-    report, printed = train.train(args), capsys.readouterr().out
-    model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
-    ids = [BASE, flora.load_adapter(model, report["adapter_file"])]
-    for n, text in enumerate(load_texts(args)[1][:3]):
-        prompt = tokenizer.encode(text[text.find("\n", len(text) // 2) + 1:])[:16]
-        base, adapter = (
-            alone(model, prompt, adapter_id=i, max_new_tokens=40, temperature=0.8,
-                  seed=generate.row_seed(args.seed, 2 * n + j)) for j, i in enumerate(ids))
-        base, adapter = (tokenizer.decode(text, continues=True) for text in (base, adapter))
-        assert (f"=== held out\n{tokenizer.decode(prompt)}\n--- base\n{base}\n"
-                f"--- adapter\n{adapter}\n") in printed
-
-
 # ------------------------------------------------------------------------------------- generation
 
 
@@ -665,13 +646,6 @@ def served_model(kinds=None, family="gpt_bigcode"):
     return model
 
 
-def served_copy(model):
-    """A model of the same weights and FLoRA adapter (rank 2) that has never generated."""
-    fresh = served_model([("flora", 2, None)], model.config.model_type)
-    fresh.load_state_dict(model.state_dict())
-    return fresh
-
-
 def served_requests(n, adapters, seed=0):
     """[(prompt, settings)] of several lengths, adapters and limits."""
     g = torch.Generator().manual_seed(seed)
@@ -828,23 +802,6 @@ def test_generate_equals_the_plain_loop(model, expected):
     got = generate.generate(model, prompts, adapter_ids, seed=3, **settings)
     assert got == [plain(model, p, a, seed=generate.row_seed(3, row), **settings)
                    for row, (p, a) in enumerate(zip(prompts, adapter_ids))]
-
-
-def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
-    """Packed copies of the weights (extras/packed.py) follow them; a gradient never meets one."""
-    model, prompt = served_model([("flora", 2, None)], family), [3, 1, 4]
-    for _ in range(2):
-        expected = plain(served_copy(model), prompt, 1, max_new_tokens=8)
-        assert generate.generate(model, [prompt], [1], max_new_tokens=8) == [expected]
-        copied = copy.deepcopy(model)
-        assert generate.generate(copied, [prompt], [1], max_new_tokens=8) == [expected]
-        with torch.no_grad():
-            next(iter(dict(flora.adapter_layers(model)).values())).weight.mul_(-1)
-            model.wte.weight.add_(torch.randn(97, 64))
-            if family == "llama":
-                model.lm_head.weight.add_(torch.randn(97, 64))
-    model(torch.tensor([prompt]), torch.tensor([1])).sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in flora.adapter_parameters(model, 1).values())
 
 
 # ------------------------------------------------------------------------------------------- bench

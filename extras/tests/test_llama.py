@@ -22,7 +22,6 @@ from test_flora import (  # noqa: F401, run again here with the fixtures below
     CONFIGS, FIXTURES, MIXED, TINY, assert_close, random_model,
     test_a_batch_of_mixed_kinds_ranks_and_targets_equals_each_row_alone,
     test_a_cancelled_a_failing_and_a_too_long_request_disturb_no_other,
-    test_a_model_may_be_trained_changed_and_copied_between_generations,
     test_a_request_ends_at_the_end_of_the_context,
     test_cached_generation_equals_uncached_token_for_token_on_ragged_prompts,
     test_each_request_returns_what_it_returns_alone,
