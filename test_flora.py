@@ -4,6 +4,7 @@ Most tests use a tiny random model; those of the embedded model say so. Nothing 
 """
 import json
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -512,6 +513,52 @@ def check_training(folder, out, *flags):
     assert {"adapter", "rank", "targets", "steps", "heldout_bpb_before", "trainable_parameters",
             "total_parameters", "tokens_per_second", "seconds", "adapter_file"} <= one.keys()
     return one
+
+
+def test_the_loop_is_adam_with_accumulation_clipping_warm_up_and_a_cosine(tmp_path):
+    """Against the recipe written out in float64: AdamW's betas 0.9 and 0.95, no weight decay, two
+    steps of warm-up, then a cosine from the peak down to a tenth."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 2, 8, 5), torch.randn(6, 2, 8)   # [step, micro, example, input]
+    model = torch.nn.Linear(5, 1, bias=False)
+    w, m, v, clipped, means = model.weight.detach().double()[0], 0, 0, [], []
+    loop = train.Loop(steps=6, grad_accum=2, tokens_per_step=1, lr=0.1, warmup=2, clip=1.2,
+                      eval_every=1, dtype="float32", compile=False, out=str(tmp_path),
+                      made_with={}, resume=False)
+    log, _ = train.fit(model, dict(model.named_parameters()), lambda *at: (x[at], y[at]),
+                       lambda model, x, y: F.mse_loss(model(x)[:, 0], y), float, loop,
+                       torch.zeros(1))
+    for t, share in enumerate([0.5, 1, 1, 0.868198, 0.55, 0.231802]):
+        error = x[t].double() @ w - y[t]                   # [2, 8]
+        g = 2 * (error[..., None] * x[t]).mean((0, 1))     # of the mean over both micro-batches
+        clipped.append(bool(g.norm() > 1.2))
+        g = g * min(1, 1.2 / g.norm())
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        w = w - 0.1 * share * m / (1 - 0.9**(t + 1)) / (v / (1 - 0.95**(t + 1))).sqrt()
+        means.append(error.pow(2).mean().item())
+    assert (model.weight[0] - w).abs().max() < 1e-5 and len(set(clipped)) == 2
+    assert [p["loss"] for p in log[1:]] == pytest.approx(means, abs=1e-5)
+
+
+def test_texts_are_trained_on_with_an_end_before_each_and_measured_token_by_token(tiny_folder):
+    """Held-out tokens are predicted once each, in blocks of 8, and their padding counts nothing."""
+    model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
+    training = ["int a;\n" * 9, "float b(int);\n" * 9, "x"]
+    heldout = [f"struct s{i} {{ long n; }};\n" * (1 + i % 3) for i in range(9)]
+    args = Namespace(steps=50, tokens_per_step=50, block_size=8, eval_tokens=9999)
+    data = train.encode_data(args, (training, heldout), tokenizer)
+    eos = tokenizer.eos_id
+    assert data.tokens.tolist() == [
+        i for text in training for i in (eos, *tokenizer.encode(text))]
+    losses = []
+    for ids in ([eos, *tokenizer.encode(text)] for text in heldout):
+        for at in range(1, len(ids)):
+            block = ids[(at - 1) // 8 * 8:at]
+            losses.append(-model(torch.tensor([block]))[0, -1].log_softmax(-1)[ids[at]].item())
+    measured = train.heldout_loss(model, data, None, "float32")
+    assert measured == pytest.approx(np.mean(losses)) and len(losses) % 8
+    bits = sum(losses) / np.log(2) / len("".join(heldout))
+    assert data.bits_per_byte(measured) == pytest.approx(bits)
 
 
 def test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice(
