@@ -777,6 +777,31 @@ def test_each_request_returns_what_it_returns_alone(model, expected, setting):
     check_served(Engine(model, **setting), expected)
 
 
+@pytest.mark.parametrize("requests,settings,steps", [   # (prompt tokens, new tokens)
+    ([(9, 1), (9, 3), (9, 2)], dict(slots=2), [["2x9", "1x1"], ["1x9", "2x1"], []]),
+    ([(9, 1), (9, 3), (9, 2)], dict(slots=2, continuous=False),
+     [["2x9", "1x1"], ["1x1"], [], ["1x9", "1x1"], []]),
+    ([(9, 2)] * 4, dict(slots=4, max_batched_tokens=20), [["2x9", "2x1"], ["2x9", "2x1"], []]),
+    ([(9, 3), (9, 3), (10, 3), (10, 1)], dict(slots=4, max_batched_tokens=20),
+     [["2x9", "2x1"], ["1x10", "3x1"], ["1x10", "1x1"], []]),
+    ([(2, 2), (9, 2), (30, 1)], dict(slots=4, max_batched_tokens=17),
+     [["1x2", "1x1"], ["1x9", "1x1"], [], ["1x30"]])])
+def test_a_step_runs_the_prompts_that_slots_budget_and_static_batching_let_in(
+        requests, settings, steps):
+    """What the model is called with in each step: rows x tokens."""
+    model, calls = served_model([]), []
+    hidden = model.hidden
+    model.hidden = lambda ids, *rest: calls.append("%dx%d" % ids.shape) or hidden(ids, *rest)
+    engine, seen = Engine(model, **settings), []
+    for prompt, new in requests:
+        engine.submit([1] * prompt, max_new_tokens=new)
+    while engine.busy:
+        engine.step()
+        seen.append(calls.copy())
+        calls.clear()
+    assert seen == steps
+
+
 def test_requests_are_the_same_with_the_tokens_read_every_fourth_step(model, expected):
     check_served(Engine(model, slots=5, sync_every=4), expected, every=3)
 
