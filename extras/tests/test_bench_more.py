@@ -10,9 +10,11 @@ import flora
 from extras import bench_more
 from model import GPT
 from plumbing.files import BadInput
+from plumbing.tests.conftest import script, served_folder  # noqa: F401
+from plumbing.tests.test_figures import ROW_KEYS, check_bench_result
 from plumbing.tests.test_flags import test_bench_refuses_what_it_cannot_run_in_a_sentence  # noqa: F401
 from test_flora import (  # noqa: F401
-    ROW_KEYS, assert_lora_equals_its_definition, check_bench_result, script, served_folder, served_model,
+    assert_lora_equals_its_definition, served_model,
     test_bench_does_not_time_variants_that_disagree)
 
 
@@ -64,7 +66,7 @@ def test_bench_of_one_layer_alone_draws_its_own_figure(served_folder, tmp_path):
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "out" / "bench_cpu.json").read_text())["rows"]
     assert [row["baseline"] for row in rows] == ["base", "ffba", "ffba-unfused", "flora-eq6"]
-    assert (tmp_path / "figures" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path):
