@@ -176,6 +176,11 @@ class Adapter(nn.Module):
     def check_merge(self, model, name):
         """Raise BadInput if this adapter of layer `name` cannot be merged."""
 
+    @classmethod
+    def to_save(cls, model, adapters):
+        """What save_adapter writes for {layer name: Adapter} of the model; BadInput if nothing."""
+        return adapters
+
 
 class LowRank(Adapter):
     """A kind with two factors, B [d, r] and A [r, hi - lo]."""
@@ -623,6 +628,7 @@ def save_adapter(model, adapter_id, file, training=None):
     """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank,
     targets, alpha, activation, its base model's fingerprint and `training`, a JSON-able summary."""
     adapters = adapters_of(model, adapter_id)
+    adapters = next(iter(adapters.values())).to_save(model, adapters)
     first = next(iter(adapters.values()))
     metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
                     activation=first.activation, base=model.fingerprint,

@@ -9,6 +9,7 @@ Text goes to standard output as it comes (with several prompts line by line, eac
 its prompt), speed to standard error. The lines of --requests are explained in extras/requests.py.
 """
 import argparse
+import os
 import reprlib
 import sys
 import time
@@ -492,13 +493,20 @@ def load_model(args):
 
 
 def load_adapters(model, names):
-    """{name: adapter id} of adapter files and "none"; stacked into the bank."""
+    """{name: adapter id} of adapter files, blends and "none"; stacked into the bank."""
     loaded = {"none": BASE}
     for name in names:
         if name not in loaded:
-            loaded[name] = flora.load_adapter(model, name)
+            blend = flora.extra("blend", f"--adapter '{name}'") if is_blend(name) else None
+            loaded[name] = (blend.load(model, name, loaded) if blend else
+                            flora.load_adapter(model, name))
     flora.freeze_bank(model)
     return loaded
+
+
+def is_blend(name):
+    """Whether a name is no file but 'FILE*WEIGHT + FILE*WEIGHT', of extras/blend.py."""
+    return not os.path.exists(name) and ("*" in name or "+" in name)
 
 
 def one_each(values, n, what):
@@ -577,7 +585,8 @@ def parse_args(argv=None):
     add("--suffix", action="append",
         help="fill in the middle between prompt and this; one for all or one each")
     add("--adapter", action="append", default=[], metavar="FILE",
-        help="a file, or a folder of PEFT; one for all prompts or one each; none is the base model")
+        help="a file, a folder of PEFT, or a blend, 'FILE*0.7 + FILE*0.3'; one for all prompts or "
+             "one each; none is the base model")
     add("--max-new-tokens", type=int, default=64)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 keeps all")
