@@ -232,8 +232,8 @@ class Server:
                 delta, reason = texts[job.index].more(ids, ended)
                 if delta or ended:
                     yield event(shape.chunk([shape.delta(job.index, delta, reason)], **extra))
-        except BadInput as e:   # of a request that failed on the way
-            yield event(error_object(400, str(e)))
+        except Refused as e:   # a request that failed on the way
+            yield event(error_object(e.status, str(e)))
             return
         if with_usage:
             yield event(shape.chunk([], usage=usage(prompts, texts)))
@@ -241,12 +241,12 @@ class Server:
 
 
 async def arriving(jobs):
-    """Yield (job, new ids, whether it has ended) until all jobs, which share a queue, have. BadInput if one fails."""
+    """Yield (job, new ids, whether it has ended) until all jobs, which share a queue, have. Refused if one fails."""
     missing = len(jobs)
     while missing:
         job, ids, ended = await jobs[0].events.get()
         if ended and job.error:
-            raise BadInput(job.error)
+            raise Refused(job.status, job.error)
         missing -= ended
         yield job, ids, ended
 
@@ -261,6 +261,8 @@ class Stream(StreamingResponse):
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:   # by uvicorn: a client that reads nothing outlived the grace
+            pass
         finally:
             self.release()
 
@@ -328,6 +330,8 @@ def parse_args(argv=None):
         help="from where adapters may be loaded by HTTP")
     args = parser.parse_args(argv)
     check_numbers(args, at_least_1=["slots", "max_batched_tokens"], at_least_0=["max_waiting", "grace", "port"])
+    if args.port > 65535:
+        raise BadInput(f"--port is {args.port}; use a whole number of at most 65535")
     for root in args.adapter_root:
         if not os.path.isdir(root):
             raise BadInput(f"--adapter-root {root}: no such folder")
@@ -341,7 +345,7 @@ def listen(args):
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except (OSError, OverflowError) as e:
+    except OSError as e:
         raise BadInput(f"--host {args.host} --port {args.port}: cannot listen there ({e})") from None
     return sock
 
@@ -367,11 +371,21 @@ def make_server(args):
 
 
 class Uvicorn(uvicorn.Server):
+    """uvicorn, which ends what the engine still runs when the grace is over."""
+
+    def __init__(self, config, thread, grace):
+        super().__init__(config)
+        self.thread, self.grace = thread, grace
+
     async def startup(self, sockets=None):
         await super().startup(sockets=sockets)
         host, port = sockets[0].getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
-        print(f"serving {', '.join(self.models)} on http://{host}:{port}", file=sys.stderr, flush=True)
+        print(f"serving {', '.join(self.thread.names)} on http://{host}:{port}", file=sys.stderr, flush=True)
+
+    async def shutdown(self, sockets=None):
+        asyncio.get_running_loop().call_later(self.grace, self.thread.post, self.thread._abort)
+        await super().shutdown(sockets)
 
 
 def main():
@@ -380,11 +394,9 @@ def main():
     sock = listen(args)
     server = make_server(args)
     config = uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="on",
-                            timeout_graceful_shutdown=args.grace)
-    web = Uvicorn(config)
-    web.models = list(server.thread.names)
+                            timeout_graceful_shutdown=args.grace + 5)
     try:
-        web.run(sockets=[sock])
+        Uvicorn(config, server.thread, args.grace).run(sockets=[sock])
     finally:
         server.thread.stop()
 

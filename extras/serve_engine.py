@@ -40,6 +40,7 @@ class Job:
     label: str = ""                      # its model's name in the metrics; the lines from here on are the engine's
     request: object = None
     error: str | None = None
+    status: int = 400                    # that goes with an error: 400 is the request's fault, 500 and 503 ours
 
 
 class EngineThread(threading.Thread):
@@ -121,6 +122,8 @@ class EngineThread(threading.Thread):
             for request in held:
                 request.state, request.error = "failed", f"the engine broke: {reason}"
                 request.ended = time.perf_counter()
+                if request in self.jobs:
+                    self.jobs[request].status = 500
             return [(request, []) for request in held]
 
     def _report(self, events):
@@ -132,7 +135,7 @@ class EngineThread(threading.Thread):
                 continue
             if ended:
                 del self.jobs[request]
-                job.error = request.error
+                job.error = job.error or request.error
                 self.metrics.ended(request, job.label)
             told.append((job, ids, ended))
         if told:
@@ -156,6 +159,12 @@ class EngineThread(threading.Thread):
         for job in jobs:
             if job.request is not None:
                 self.engine.cancel(job.request)
+
+    def _abort(self):
+        """End all jobs, telling their clients that the server goes."""
+        for request, job in self.jobs.items():
+            job.error, job.status = "the server is shutting down", 503
+            self.engine.cancel(request)
 
     # names, adapters and blends
 
