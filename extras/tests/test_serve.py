@@ -625,8 +625,8 @@ def hit(client, pool, number, seed, faults):
 def test_under_load_every_healthy_answer_is_that_of_the_engine_alone(flags, folder, files):
     """8 clients with adapters, blends, disconnects, bad requests, hot loads: no slot leaks, and memory stays.
 
-    FLORA_SERVE_LOAD=N asks for N requests in the place of 400."""
-    number, rng = int(os.environ.get("FLORA_SERVE_LOAD", 400)), random.Random(0)
+    FLORA_SERVE_LOAD=N asks for N requests in the place of 320."""
+    number, rng = int(os.environ.get("FLORA_SERVE_LOAD", 320)), random.Random(0)
     reference = Reference(folder, {name: files[name] for name in [*ADAPTERS, "hot"]})
     bodies = []
     for i in range(60):
