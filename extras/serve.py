@@ -108,7 +108,8 @@ class Server:
         return checked
 
     async def index(self, request):
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        policy = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+                  "img-src data:")
         return HTMLResponse(self.page, headers={"Content-Security-Policy": policy})
 
     async def health(self, request):
