@@ -1,6 +1,6 @@
 """extras/serve.html in a headless Chromium: Figure 1, driven as a person would.
 
-FLORA_SERVE_PNG=FILE keeps the screenshot of the run.
+FLORA_SERVE_PNG=figures/serve.png keeps a screenshot of the batch at work.
 """
 import os
 import shutil
@@ -34,7 +34,7 @@ def browser(server, tmp_path):
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                 "disable-component-update", "disable-sync", "window-size=1280,1000", f"user-data-dir={tmp_path}/profile"):
+                 "disable-component-update", "disable-sync", "window-size=1280,1120", f"user-data-dir={tmp_path}/profile"):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -87,8 +87,11 @@ def test_four_columns_write_the_four_programs_of_the_demo_in_one_batch(browser, 
     browser.find_element("id", "run").click()
     seen = set()   # adapters that the page's table had in the batch at once
     def batch():
-        found = browser.execute_script("return [...document.querySelectorAll('#batch td:nth-child(2)')].map(e => e.textContent)")
-        seen.add(frozenset(found) - {"–"})
+        found = frozenset(browser.execute_script(
+            "return [...document.querySelectorAll('#batch td:nth-child(2)')].map(e => e.textContent)")) - {"–"}
+        if len(found) == 4 and found not in seen and "FLORA_SERVE_PNG" in os.environ:
+            browser.save_screenshot(os.environ["FLORA_SERVE_PNG"])
+        seen.add(found)
         return all_done(browser)
     until(batch)
     for name, language in NAMES.items():
@@ -96,8 +99,6 @@ def test_four_columns_write_the_four_programs_of_the_demo_in_one_batch(browser, 
         assert text == problems[language].prompt.rstrip() + cut_at_stop(wanted[language], problems[language].stops), name
         assert column(browser, name, "!c.section.hidden")
     assert max(map(len, seen)) >= 2, seen
-    if file := os.environ.get("FLORA_SERVE_PNG"):
-        browser.save_screenshot(file)
     outside = browser.execute_script(
         "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin))")
     assert outside == []
