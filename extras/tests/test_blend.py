@@ -1,5 +1,6 @@
 """extras/blend.py: weighted sets of adapters, against dense weights that are computed here."""
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 import flora
+from extras import blend_losses
 from extras.blend import blend, parse
 from flora import BASE, BadInput
 from generate import Engine, generate, load_adapters
 from model import EMBEDDED, GPT, Tokenizer
-from test_flora import HERE, layer_with, plain, random_adapter, script, tiny_model, write_jsonl
+from test_flora import HERE, layer_with, plain, random_adapter, run_script, script, tiny_model, write_jsonl
 
 KINDS = ["flora", "lora", "ia3", "hira"]
 COLUMNS = [None, (0, 24), (6, 30)]   # of 36: all, a beginning, a middle
@@ -204,6 +206,25 @@ def test_generate_and_requests_serve_blends_of_files(tmp_path):
     run = script("generate.py", "--prompt", prompt, "--adapter", f"{PERL} + {CPP}")
     assert run.returncode == 2 and "no such adapter file, and no blend" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_the_losses_of_blends_are_those_of_their_parts_at_the_ends(tmp_path, monkeypatch):
+    """blend_losses.py on two short texts: the corners of its grid are base, Perl and C++ alone."""
+    texts = {"perl": ["sub f { return $_[0] + 1; }\n" * 4], "cpp": ["namespace at { struct Tensor; }\n" * 4]}
+    monkeypatch.setattr(blend_losses, "heldout_texts", lambda: texts)
+    monkeypatch.setattr(blend_losses, "WEIGHTS", [0.0, 1.0])
+    flags = ["--json", str(tmp_path / "b.json"), "--png", str(tmp_path / "b.png")]
+    run_script(blend_losses.main, ["blend_losses", *flags], monkeypatch)
+    rows = {(row["perl"], row["cpp"]): row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
+    model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
+    ids = {(0, 0): BASE, (1, 0): flora.load_adapter(model, PERL), (0, 1): flora.load_adapter(model, CPP)}
+    assert len(rows) == 4 and (tmp_path / "b.png").exists()
+    for corner, i in ids.items():
+        for language, (text,) in texts.items():
+            tokens = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(text)]])
+            logits = model(tokens[:, :-1], torch.tensor([i])).log_softmax(-1)
+            nats = -logits.gather(-1, tokens[:, 1:, None]).sum().item()
+            assert abs(rows[corner][f"{language}_bpb"] - nats / len(text.encode()) / math.log(2)) < 1e-4
 
 
 def test_without_extras_a_blend_is_refused_in_a_sentence(tmp_path):

@@ -17,15 +17,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import flora
 from extras.blend import blend
 from extras.serve_engine import parse
 from extras.serve_metrics import Metrics
-from flora import BASE, BadInput
+from flora import BASE
 from generate import Engine, Request, cut_at_stop, new_text, stop_check
-from model import EMBEDDED, GPT, Tokenizer
+from model import GPT, Tokenizer
 from test_flora import HERE, random_adapter
 
 
@@ -220,7 +219,8 @@ def test_every_model_gives_the_text_that_the_engine_gives_alone(client, referenc
         body = dict(model="a", prompt=prompt, n=2, temperature=1.0, seed=40, max_tokens=9)
         want = [reference.text("a", p, 9, temperature=1.0, seed=40 + i)[:2] for p in prompts for i in range(2)]
         choices = client.complete(**body)["choices"]
-        assert [(c["text"], c["finish_reason"]) for c in choices] == want and [c["index"] for c in choices] == [*range(6)]
+        assert [(c["text"], c["finish_reason"]) for c in choices] == want
+        assert [c["index"] for c in choices] == [*range(6)]
         assert client.stream(**body) == dict(enumerate(want))
     assert client.complete(model="a", prompt=ids[0], max_tokens=9, temperature=0)["choices"][0]["text"] == \
         client.complete(model="a", prompt=prompts[0], max_tokens=9, temperature=0)["choices"][0]["text"]
@@ -262,7 +262,8 @@ def test_models_health_and_metrics_are_told(client):
     def number(text, key):
         found = re.search(rf"^{re.escape(key)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0
-    for key, more in [('flora_requests_total{model="c",outcome="done"}', 1), ('flora_generation_tokens_total{model="c"}', 5),
+    for key, more in [('flora_requests_total{model="c",outcome="done"}', 1),
+                      ('flora_generation_tokens_total{model="c"}', 5),
                       ('flora_seconds_per_output_token_count{model="c"}', 1),
                       ('flora_time_to_first_token_seconds_bucket{model="c",le="+Inf"}', 1)]:
         assert number(after, key) == number(before, key) + more, key
@@ -272,7 +273,8 @@ def test_models_health_and_metrics_are_told(client):
 def test_histograms_are_cumulative_and_labels_are_quoted():
     metrics = Metrics()
     for arrived, first, ended in [(0.0, 0.002, 1.0), (0.0, 0.3, 3.0)]:
-        metrics.ended(Request([1, 2], ids=[3] * 10, state="done", arrived=arrived, first_token=first, ended=ended), 'x"\\y')
+        times = dict(arrived=arrived, first_token=first, ended=ended)
+        metrics.ended(Request([1, 2], ids=[3] * 10, state="done", **times), 'x"\\y')
     metrics.ended(Request([1], ids=[3], state="cancelled"), "z")
     text = metrics.text(4, 2, [("x", 7)])
     for line in ['flora_time_to_first_token_seconds_bucket{model="x\\"\\\\y",le="0.001"} 0',
@@ -291,7 +293,8 @@ def test_histograms_are_cumulative_and_labels_are_quoted():
 @needs_server
 @needs_jinja2
 def test_a_chat_is_the_completion_of_its_template(client, reference):
-    messages = [dict(role="user", content="write f"), dict(role="assistant", content="def f("), dict(role="user", content="x")]
+    turns = [("user", "write f"), ("assistant", "def f("), ("user", "x")]
+    messages = [dict(role=role, content=content) for role, content in turns]
     text, reason, _ = reference.text("b", "<user>write f<assistant>def f(<user>x<assistant>", 8)
     body = dict(model="b", messages=messages, max_completion_tokens=8, temperature=0)
     status, got = client.call("POST", "/v1/chat/completions", body)
@@ -311,7 +314,8 @@ def test_a_chat_is_the_completion_of_its_template(client, reference):
 
 OK = dict(model="a", prompt="x", max_tokens=2)
 BAD = [   # body, status, what its message says
-    (b"{", 400, "not JSON"), (b"[1]", 400, "must be a JSON object"), (b"\xff", 400, "not JSON"), (b"[" * 100000, 400, "JSON"),
+    (b"{", 400, "not JSON"), (b"[1]", 400, "must be a JSON object"), (b"\xff", 400, "not JSON"),
+    (b"[" * 100000, 400, "JSON"),
     (OK | dict(model="nobody"), 404, "no such model"), (OK | dict(model="a:0.5+nobody:0.5"), 404, "'nobody'"),
     (OK | dict(model="a:0.5+"), 404, "no such model"), (OK | dict(model="a:nan"), 404, "no such model"),
     (OK | dict(model="a:1e9"), 400, "use a number from -100 to 100"), (OK | dict(model=7), 400, "model is 7"),
@@ -320,9 +324,11 @@ BAD = [   # body, status, what its message says
     (OK | dict(prompt=[1, "x"]), 400, "prompt must be"), (OK | dict(prompt=[True]), 400, "prompt must be"),
     (OK | dict(prompt=[4096]), 400, "outside 0 to 4095"), (OK | dict(prompt=[-1]), 400, "outside 0 to 4095"),
     (OK | dict(prompt=[10**30]), 400, "outside"), (OK | dict(prompt="\ud800"), 400, "surrogate"),
-    (OK | dict(prompt="x " * 500), 413, "more than the model's context of 64"), (OK | dict(max_tokens=0), 400, "max_new_tokens"),
+    (OK | dict(prompt="x " * 500), 413, "more than the model's context of 64"),
+    (OK | dict(max_tokens=0), 400, "max_new_tokens"),
     (OK | dict(max_tokens=1.5), 400, "max_tokens is 1.5"), (OK | dict(max_tokens="9"), 400, "whole number"),
-    (OK | dict(temperature=-1), 400, "at least 0"), (b'{"model": "a", "prompt": "x", "temperature": NaN}', 400, "finite"),
+    (OK | dict(temperature=-1), 400, "at least 0"),
+    (b'{"model": "a", "prompt": "x", "temperature": NaN}', 400, "finite"),
     (OK | dict(top_p=0), 400, "top_p"), (OK | dict(top_k=-2), 400, "top_k"), (OK | dict(seed=2**63), 400, "seed"),
     (OK | dict(n=0), 400, "n is 0"), (OK | dict(n=200), 400, "1 to 128"), (OK | dict(stop=""), 400, "stop must be"),
     (OK | dict(stop=[1]), 400, "stop must be"), (OK | dict(stop=["x"] * 17), 400, "stop must be"),
@@ -343,7 +349,8 @@ def test_bad_requests_are_openais_error_object_and_fail_alone(client, reference,
             bad = dict(stream=True) | bad
         got, value = client.call("POST", "/v1/completions", bad)
         assert got == status and sentence in value["error"]["message"], (bad, got, value)
-        assert set(value["error"]) == {"message", "type", "param", "code"} and value["error"]["type"] == "invalid_request_error"
+        assert set(value["error"]) == {"message", "type", "param", "code"}
+        assert value["error"]["type"] == "invalid_request_error"
         assert "Traceback" not in value["error"]["message"]
     text = (first + response.read()).decode()
     connection.close()
@@ -395,8 +402,8 @@ def test_a_client_that_goes_away_frees_its_slots(client, reference):
             open_ones[0].recv(100)
         for connection in open_ones:
             connection.close()
-        want = reference.text("b", "def f(", 12)
-        assert client.complete(model="b", prompt="def f(", max_tokens=12, temperature=0)["choices"][0]["text"] == want[0]
+        choice, = client.complete(model="b", prompt="def f(", max_tokens=12, temperature=0)["choices"]
+        assert choice["text"] == reference.text("b", "def f(", 12)[0]
         client.idle()
     cancelled = [line for line in client.call("GET", "/metrics")[1].splitlines() if 'outcome="cancelled"' in line]
     assert len(cancelled) == 1 and cancelled[0].startswith('flora_requests_total{model="a"')
@@ -411,7 +418,7 @@ def test_a_full_queue_is_429_with_retry_after_and_a_key_is_asked_for(flags, file
             status, value = nobody.call(method, path, {})
             assert status == 401 and value["error"]["code"] == "invalid_api_key"
             assert Client(server, Authorization="Bearer secre").call(method, path, {})[0] == 401
-        assert nobody.call("GET", "/health")[0] == nobody.call("GET", "/metrics")[0] == nobody.call("GET", "/")[0] == 200
+        assert [nobody.call("GET", path)[0] for path in ("/health", "/metrics", "/")] == [200] * 3
         assert client.complete(**OK)
         body = dict(model="a", prompt="x", max_tokens=10**6, ignore_eos=True, stream=True)
         connection, response = client.open("POST", "/v1/completions", body | dict(n=3))
@@ -422,7 +429,8 @@ def test_a_full_queue_is_429_with_retry_after_and_a_key_is_asked_for(flags, file
         client.idle()
         assert client.complete(**OK)
         for path in ("load", "unload"):
-            status, value = client.call("POST", f"/v1/{path}_lora_adapter", dict(lora_name="x", lora_path=str(files["hot"])))
+            body = dict(lora_name="x", lora_path=str(files["hot"]))
+            status, value = client.call("POST", f"/v1/{path}_lora_adapter", body)
             assert status == 403 and "--adapter-root" in value["error"]["message"]
 
 
@@ -460,8 +468,9 @@ def test_adapters_come_and_go_by_http_and_no_path_escapes_the_root(client, refer
     (root / "folder").mkdir(exist_ok=True)
     (root / "folder" / "adapter_model.safetensors").symlink_to(outside)
     (root / "text.safetensors").write_text("no adapter")
-    for path in (outside, "../" + str(outside.relative_to("/")), "link.safetensors", "folder", "/etc/passwd", "..", "x\0y",
-                 "missing", f"{root}x", "x" * 5000):
+    up = "../" * len(root.parts) + str(outside.relative_to("/"))
+    for path in (outside, up, "link.safetensors", "folder", "/etc/passwd", "..", "x\0y", "missing", f"{root}x",
+                 "x" * 5000):
         status, value = client.call("POST", load, dict(lora_name="hot", lora_path=str(path)))
         assert status == 400 and "no such adapter within --adapter-root" in value["error"]["message"], (path, value)
     for name in ("a:b", "a+b", "", "x" * 101, "a b", "é\n"):
@@ -502,18 +511,19 @@ def test_sigterm_lets_running_requests_end_within_the_grace_and_exits_with_0(fla
 def test_flags_that_cannot_be_are_refused_in_a_sentence(folder, files, server):
     for flags, sentence in [
             (["--adapter", "x"], "write NAME=FILE"), (["--adapter", f"a b={files['a']}"], "the adapter name 'a b'"),
-            (["--adapter", f"base={files['a']}"], "two models of this name"), (["--adapter", "x=nothing"], "no such adapter file"),
+            (["--adapter", f"base={files['a']}"], "two models of this name"),
+            (["--adapter", "x=nothing"], "no such adapter file"),
             (["--adapter-root", "nothing"], "no such folder"), (["--port", server.port], "cannot listen there"),
             (["--port", 70000], "at most 65535"), (["--slots", 0], "--slots is 0"),
             (["--host", "203.0.113.1"], "cannot listen there")]:
-        run = subprocess.run([sys.executable, "-m", "extras.serve", "--weights", str(folder), "--port", "0", *map(str, flags)],
-                             cwd=HERE, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-m", "extras.serve", "--weights", folder, "--port", "0", *flags]
+        run = subprocess.run([*map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=120)
         assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 
 def test_without_starlette_the_command_says_what_to_install(tmp_path):
     (tmp_path / "starlette").mkdir()
-    (tmp_path / "starlette" / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'starlette'\", name='starlette')")
+    (tmp_path / "starlette" / "__init__.py").write_text("raise ModuleNotFoundError(name='starlette')")
     (tmp_path / "uvicorn.py").write_text("Server = object")
     run = subprocess.run([sys.executable, "-m", "extras.serve"], cwd=HERE, capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
@@ -572,7 +582,8 @@ def test_the_openai_client_completes_streams_chats_and_raises(server, client, re
         for event in api.completions.create(**body, stream=True):
             texts[event.choices[0].index] += event.choices[0].text
         assert texts == want
-    chat = api.chat.completions.create(model="b", messages=[dict(role="user", content="x")], max_tokens=5, temperature=0)
+    messages = [dict(role="user", content="x")]
+    chat = api.chat.completions.create(model="b", messages=messages, max_tokens=5, temperature=0)
     assert chat.choices[0].message.content == reference.text("b", "<user>x<assistant>", 5)[0]
     for body, error in [(dict(model="x", prompt="x"), openai.NotFoundError), (dict(model="a", prompt=""), None),
                         (dict(model="a", prompt="x", temperature=-1), openai.BadRequestError),
@@ -596,14 +607,15 @@ def hit(client, pool, number, seed, faults):
     try:
         for i in range(number):
             fate = rng.random()
-            body, want = rng.choice(pool)
+            body, want, want_hot = rng.choice(pool)
             if fate < 0.4:
                 choice, = client.complete(**body)["choices"]
                 assert (choice["text"], choice["finish_reason"]) == want, (body, choice, want)
             elif fate < 0.8:
                 assert client.stream(**body) == {0: want}, (body, want)
             elif fate < 0.88:
-                connection, response = client.open("POST", "/v1/completions", body | dict(stream=True, n=3, max_tokens=50))
+                long = body | dict(stream=True, n=3, max_tokens=50)
+                connection, response = client.open("POST", "/v1/completions", long)
                 response.readline()
                 connection.close()
                 response.close()
@@ -612,9 +624,9 @@ def hit(client, pool, number, seed, faults):
                 assert client.call("POST", "/v1/completions", bad)[0] == status
             else:
                 name = f"hot{seed}.{i}"
-                assert client.call("POST", "/v1/load_lora_adapter", dict(lora_name=name, lora_path="hot.safetensors"))[0] == 200
-                hot = body | dict(model=f"{name}:1")
-                assert client.stream(**hot)[0] == want_hot(body, hot), hot
+                file = dict(lora_name=name, lora_path="hot.safetensors")
+                assert client.call("POST", "/v1/load_lora_adapter", file)[0] == 200
+                assert client.stream(**body | dict(model=f"{name}:1"))[0] == want_hot, body
                 assert client.call("POST", "/v1/unload_lora_adapter", dict(lora_name=name))[0] == 200
     except Exception as e:
         faults.append(e)
@@ -633,14 +645,13 @@ def test_under_load_every_healthy_answer_is_that_of_the_engine_alone(flags, fold
         model = rng.choice([*MODELS, *(f"a:{rng.random():.2f}+{other}:{rng.random():.2f}" for other in "bcd")])
         sampled = dict(temperature=0.9, seed=i) if i % 2 else dict(temperature=0)
         bodies.append(dict(model=model, prompt=f"def f{i}(x" * (1 + i % 3), max_tokens=rng.randint(1, 24)) | sampled)
-    pool = [(body, reference.text(**body)[:2]) for body in bodies]
-    hot = {json.dumps(body): reference.text(**(body | dict(model="hot:1")))[:2] for body in bodies}
-    globals()["want_hot"] = lambda body, _: hot[json.dumps(body)]
+    pool = [(body, *(reference.text(**body | more)[:2] for more in ({}, dict(model="hot:1")))) for body in bodies]
     faults, held = [], []
     with serving(*flags) as server:
         client = Client(server)
         for part in range(2):   # the first fills what is filled once
-            threads = [threading.Thread(target=hit, args=(client, pool, number // 16, 8 * part + i, faults)) for i in range(8)]
+            threads = [threading.Thread(target=hit, args=(client, pool, number // 16, 8 * part + i, faults))
+                       for i in range(8)]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -651,7 +662,7 @@ def test_under_load_every_healthy_answer_is_that_of_the_engine_alone(flags, fold
         models = [m["id"] for m in client.call("GET", "/v1/models")[1]["data"]]
         assert models == ["base", *ADAPTERS]
         assert held[1] - held[0] < 32 << 20, held
-        body, want = pool[0]
+        body, want, _ = pool[0]
         assert client.stream(**body) == {0: want}
         server.process.send_signal(signal.SIGTERM)
         errors = server.process.communicate()[1]
