@@ -42,6 +42,7 @@ try:
     import uvicorn
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
 except ModuleNotFoundError as e:
@@ -63,6 +64,8 @@ def error_response(request, error):
     elif isinstance(error, HTTPException):   # no such path or method
         status, headers = error.status_code, error.headers
         message = f"{request.method} {request.url.path}: {error.detail}"
+    elif isinstance(error, ClientDisconnect):   # before it had sent all: nobody reads this
+        status, message = 499, "the client went away"
     if isinstance(error, UnknownModel):
         status, code = 404, "model_not_found"
     return JSONResponse(error_object(status, message, code), status, headers)
@@ -79,7 +82,9 @@ class Server:
         self.args, self.thread, self.tokenizer, self.base = args, thread, tokenizer, base
         self.roots = [os.path.realpath(root) for root in args.adapter_root]
         self.chat_template = read_chat_template(args.weights)
-        self.page, self.started, self.outstanding = PAGE.read_text(), int(time.time()), 0
+        self.page, self.started = PAGE.read_text(), int(time.time())
+        self.room = thread.engine.length   # tokens of a prompt
+        self.outstanding = 0               # texts that are asked for and have not ended
         routes = [
             Route("/", self.index), Route("/health", self.health), Route("/metrics", self.metrics),
             Route("/v1/models", self.with_key(self.models)),
@@ -87,7 +92,7 @@ class Server:
             Route("/v1/chat/completions", self.with_key(self.chat), methods=["POST"]),
             Route("/v1/load_lora_adapter", self.with_key(self.load_adapter), methods=["POST"]),
             Route("/v1/unload_lora_adapter", self.with_key(self.unload_adapter), methods=["POST"])]
-        kinds = (Refused, BadInput, HTTPException, Exception)
+        kinds = (Refused, BadInput, HTTPException, ClientDisconnect, Exception)
         self.app = Starlette(routes=routes, lifespan=self.lifespan,
                              exception_handlers={kind: error_response for kind in kinds})
 
@@ -145,16 +150,16 @@ class Server:
 
     async def completions(self, request):
         body = await read_body(request)
-        check_fields(body)
+        check_fields(body, "prompt")
         prompts = prompts_of(body)
         if isinstance(prompts[0], str):
             prompts = await asyncio.to_thread(self.encode, prompts)
         return await self.answer(request, body, prompts, Shape("cmpl", "text_completion", body["model"]),
-                                 body.get("max_tokens", 16))
+                                 body.get("max_tokens", body.get("max_completion_tokens", 16)))
 
     async def chat(self, request):
         body = await read_body(request)
-        check_fields(body)
+        check_fields(body, "messages")
         ids = await asyncio.to_thread(self.encode_chat, body.get("messages"))
         limit = body.get("max_completion_tokens", body.get("max_tokens", 2**31))
         return await self.answer(request, body, [ids], ChatShape("chatcmpl", "chat.completion", body["model"]), limit)
@@ -187,11 +192,12 @@ class Server:
 
     def make_jobs(self, body, prompts, max_tokens):
         n, seed = body.get("n", 1), body.get("seed")
-        if not 1 <= n * len(prompts) <= MOST_CHOICES:
-            raise BadInput(f"n is {n}, for {len(prompts)} prompts; 1 to {MOST_CHOICES} texts can be asked for at once")
-        longest, room = max(map(len, prompts)), self.thread.engine.length
-        if longest > room:
-            raise Refused(413, f"the prompt has {longest} tokens, more than the model's context of {room}",
+        most = min(MOST_CHOICES, self.args.slots + self.args.max_waiting)
+        if not 1 <= n * len(prompts) <= most:
+            raise BadInput(f"n is {n}, for {len(prompts)} prompts; 1 to {most} texts can be asked for at once")
+        longest = max(map(len, prompts))
+        if longest > self.room:
+            raise Refused(413, f"the prompt has {longest} tokens, more than the model's context of {self.room}",
                           "context_length_exceeded")
         seed = random.getrandbits(40) if seed is None else seed
         events, stops, top_k = asyncio.Queue(), stops_of(body), body.get("top_k", 0)
@@ -269,7 +275,7 @@ class Stream(StreamingResponse):
 
 
 async def until_gone(request, work):
-    """What `work` returns; where the client goes away before, HTTPException, which nobody reads."""
+    """What `work` returns; ClientDisconnect where the client goes away before."""
     async def gone():
         while (await request.receive())["type"] != "http.disconnect":
             pass
@@ -278,7 +284,7 @@ async def until_gone(request, work):
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not tasks[0].done():
-            raise HTTPException(499, "the client went away")
+            raise ClientDisconnect
         return tasks[0].result()
     finally:
         for task in tasks:

@@ -22,7 +22,7 @@ NEUTRAL = {              # fields that are not there, and the values with which 
     "presence_penalty": [0], "frequency_penalty": [0], "repetition_penalty": [1], "min_p": [0], "logit_bias": [{}],
     "suffix": [""], "best_of": [1], "echo": [False], "logprobs": [False], "top_logprobs": [0], "tools": [[]],
     "response_format": [{"type": "text"}]}
-IGNORED = {"user", "metadata", "store", "prompt", "messages", "stop"}   # or read elsewhere
+IGNORED = {"user", "metadata", "store"}
 
 
 class Refused(Exception):
@@ -59,10 +59,11 @@ async def read_body(request):
     return {key: field for key, field in value.items() if field is not None}
 
 
-def check_fields(body):
-    """BadInput for a field that is unknown, of another type, or asks for what is not there."""
+def check_fields(body, text):
+    """BadInput for a field that is unknown, of another type, or asks for what is not there. text: the one that holds
+    the prompt or messages, which is checked elsewhere."""
     check(body, FIELDS, "the request")
-    known = {key.rstrip("?") for key in FIELDS} | IGNORED
+    known = {key.rstrip("?") for key in FIELDS} | IGNORED | {text, "stop"}
     for key, value in body.items():
         if key in NEUTRAL and not any(value == same and type(value) in (type(same), float) for same in NEUTRAL[key]):
             raise BadInput(f"{key} is not supported here; leave it out")
@@ -105,10 +106,10 @@ class Text:
         """Take in new ids -> (what is new of the text for sure, finish_reason or None)."""
         self.ids += ids
         text = generate.new_text(self.tokenizer, self.ids)
-        if not ended:
-            text = text.rstrip("\ufffd")   # without a character that has not come in full
-            text = text[:len(text) - self.held_back]
         cut = generate.cut_at_stop(text, self.stops)
+        if not ended and cut == text:
+            cut = text.rstrip("\ufffd")   # without a character that has not come in full
+            cut = cut[:max(0, len(cut) - self.held_back)]
         delta, self.shown = cut[len(self.shown):], cut
         stopped = ended and (cut != text or self.ids[-1:] and self.ids[-1] in self.tokenizer.eos_ids)
         return delta, ("stop" if stopped else "length") if ended else None

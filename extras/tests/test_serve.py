@@ -20,11 +20,12 @@ import pytest
 
 import flora
 from extras.blend import blend
+from extras.serve_api import Text
 from extras.serve_engine import parse
 from extras.serve_metrics import Metrics
 from flora import BASE
-from generate import Engine, Request, cut_at_stop, new_text, stop_check
-from model import GPT, Tokenizer
+from generate import Engine, Request, cut_at_stop, generate, new_text, stop_check
+from model import EMBEDDED, GPT, Tokenizer
 from test_flora import HERE, random_adapter
 
 
@@ -128,15 +129,15 @@ class Reference:
             self.ids[model] = blend(self.model, {self.ids[name]: weight for name, weight in parse(model).items()})
         return self.ids[model]
 
-    def text(self, model, prompt, max_tokens, temperature=0, seed=0, stop=(), **settings):
+    def text(self, model, prompt, max_tokens, temperature=0, seed=0, stop=(), ignore_eos=False, **settings):
         """-> (text, finish_reason, new tokens) of one request in an engine of its own."""
         ids = self.tokenizer.encode(prompt, bos=True) if isinstance(prompt, str) else prompt
         adapter_id = self.adapter_id(model)
         flora.freeze_bank(self.model)
         engine, stop = Engine(self.model, slots=1), [stop] if isinstance(stop, str) else stop
         request = engine.submit(ids, adapter_id=adapter_id, max_new_tokens=max_tokens, temperature=temperature,
-                                seed=seed, eos_id=self.tokenizer.eos_ids, stopped=stop_check(self.tokenizer, stop),
-                                **settings)
+                                seed=seed, stopped=stop_check(self.tokenizer, stop),
+                                eos_id=None if ignore_eos else self.tokenizer.eos_ids, **settings)
         engine.run()
         assert request.state == "done", request.error
         text = new_text(self.tokenizer, request.ids)
@@ -157,11 +158,16 @@ def files(tiny_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_folder, tmp_path_factory):
-    """The tiny model, called base, with a chat template."""
+def folder(tiny_folder, files, tmp_path_factory):
+    """The tiny model, called base, with a chat template, and one more end of text: what adapter b writes as the
+    fifth token after "zebra"."""
     folder = tmp_path_factory.mktemp("models") / "base"
     shutil.copytree(tiny_folder, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    model, tokenizer = GPT.from_pretrained(folder), Tokenizer(folder)
+    i = flora.load_adapter(model, files["b"])
+    end = generate(model, [tokenizer.encode("zebra")], [i], max_new_tokens=5)[0][-1]
+    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[tokenizer.eos_id, end])))
     return folder
 
 
@@ -235,6 +241,19 @@ def test_every_model_gives_the_text_that_the_engine_gives_alone(client, referenc
         assert (got["choices"][0]["text"], got["usage"]["completion_tokens"]) == (want[0], want[2])
 
 
+def test_a_growing_text_holds_back_half_characters_and_what_may_become_a_stop():
+    tokenizer = Tokenizer(EMBEDDED)
+    for text, stops in [("naïve 🙂 日本", []), ("x = 1\n\ndef g(y):", ["\n\ndef"]), ("a\n\nb\n\nccc ddd", ["\n\ndef"])]:
+        ids, grown, deltas = tokenizer.encode(text), Text(tokenizer, stops), []
+        for n, i in enumerate(ids, 1):
+            delta, reason = grown.more([i], n == len(ids))
+            deltas.append(delta)
+            assert "\ufffd" not in delta and (reason is None) == (n < len(ids))
+        whole = cut_at_stop(new_text(tokenizer, ids), stops)
+        assert "".join(deltas) == whole == grown.shown and len([d for d in deltas if d]) > 1
+        assert reason == ("length" if whole == new_text(tokenizer, ids) else "stop")
+
+
 @needs_server
 def test_a_stream_tells_usage_if_asked_and_draws_anew_without_a_seed(client):
     body = dict(model="a", prompt="def f(", max_tokens=7, temperature=0)
@@ -244,6 +263,10 @@ def test_a_stream_tells_usage_if_asked_and_draws_anew_without_a_seed(client):
     assert all("usage" not in event for event in client.events(**body))
     texts = {client.complete(model="a", prompt="def f(", max_tokens=12)["choices"][0]["text"] for _ in range(3)}
     assert len(texts) > 1
+    for ignored, reason in [(False, "stop"), (True, "length")]:
+        got = client.complete(model="b", prompt="zebra", max_tokens=20, temperature=0, ignore_eos=ignored)
+        assert got["choices"][0]["finish_reason"] == reason
+        assert got["usage"]["completion_tokens"] == 20 if ignored else got["usage"]["completion_tokens"] <= 5
     long = client.complete(model="b", prompt="x", max_tokens=10**6, temperature=0, ignore_eos=True)
     assert long["usage"]["total_tokens"] == 64   # the context
 
@@ -272,7 +295,7 @@ def test_models_health_and_metrics_are_told(client):
 
 def test_histograms_are_cumulative_and_labels_are_quoted():
     metrics = Metrics()
-    for arrived, first, ended in [(0.0, 0.002, 1.0), (0.0, 0.3, 3.0)]:
+    for arrived, first, ended in [(0.0, 0.002, 1.0), (0.0, 0.3, 30.0)]:
         times = dict(arrived=arrived, first_token=first, ended=ended)
         metrics.ended(Request([1, 2], ids=[3] * 10, state="done", **times), 'x"\\y')
     metrics.ended(Request([1], ids=[3], state="cancelled"), "z")
@@ -280,8 +303,10 @@ def test_histograms_are_cumulative_and_labels_are_quoted():
     for line in ['flora_time_to_first_token_seconds_bucket{model="x\\"\\\\y",le="0.001"} 0',
                  'flora_time_to_first_token_seconds_bucket{model="x\\"\\\\y",le="0.0025"} 1',
                  'flora_time_to_first_token_seconds_bucket{model="x\\"\\\\y",le="0.5"} 2',
-                 'flora_seconds_per_output_token_sum{model="x\\"\\\\y"} 0.400000',
+                 'flora_seconds_per_output_token_sum{model="x\\"\\\\y"} 3.100000',
                  'flora_seconds_per_output_token_bucket{model="x\\"\\\\y",le="0.1"} 1',
+                 'flora_seconds_per_output_token_bucket{model="x\\"\\\\y",le="0.25"} 1',
+                 'flora_seconds_per_output_token_bucket{model="x\\"\\\\y",le="+Inf"} 2',
                  'flora_requests_total{model="z",outcome="cancelled"} 1', 'flora_slot_tokens{slot="0",model="x"} 7',
                  "flora_requests_waiting 2"]:
         assert line in text.splitlines(), text
@@ -334,7 +359,8 @@ BAD = [   # body, status, what its message says
     (OK | dict(stop=[1]), 400, "stop must be"), (OK | dict(stop=["x"] * 17), 400, "stop must be"),
     (OK | dict(stream="yes"), 400, "true or false"), (OK | dict(logprobs=1), 400, "logprobs is not supported"),
     (OK | dict(echo=True), 400, "echo is not supported"), (OK | dict(presence_penalty=1.0), 400, "presence_penalty"),
-    (OK | dict(temprature=1), 400, "unknown field 'temprature'"), (b" " * (5 << 20), 413, "bytes")]
+    (OK | dict(temprature=1), 400, "unknown field 'temprature'"),
+    (OK | dict(messages=[]), 400, "unknown field 'messages'"), (b" " * (5 << 20), 413, "bytes")]
 
 
 @needs_server
@@ -355,7 +381,7 @@ def test_bad_requests_are_openais_error_object_and_fail_alone(client, reference,
     text = (first + response.read()).decode()
     connection.close()
     events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
-    assert "".join(event["choices"][0]["text"] for event in events) == reference.text("a", "def f(", 50)[0]
+    assert "".join(event["choices"][0]["text"] for event in events) == reference.text("a", "def f(", 50, ignore_eos=True)[0]
     for path, method, status in [("/v1/nothing", "GET", 404), ("/v1/completions", "GET", 405), ("/", "POST", 405)]:
         got, value = client.call(method, path)
         assert got == status and path in value["error"]["message"]
@@ -422,6 +448,8 @@ def test_a_full_queue_is_429_with_retry_after_and_a_key_is_asked_for(flags, file
         assert client.complete(**OK)
         body = dict(model="a", prompt="x", max_tokens=10**6, ignore_eos=True, stream=True)
         connection, response = client.open("POST", "/v1/completions", body | dict(n=3))
+        status, value = client.call("POST", "/v1/completions", body | dict(n=4))
+        assert status == 400 and "1 to 3 texts" in value["error"]["message"]   # which never could be served
         connection2, refused = client.open("POST", "/v1/completions", body)
         assert refused.status == 429 and refused.headers["Retry-After"] == "1"
         assert json.loads(refused.read())["error"]["code"] == "queue_full"
@@ -460,7 +488,7 @@ def test_adapters_come_and_go_by_http_and_no_path_escapes_the_root(client, refer
         text = (first + response.read()).decode()
         connection.close()
         texts = [json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in text.split("\n\n")[:-2]]
-        assert "".join(texts) == own.text("hot", "def f(", 40)[0]
+        assert "".join(texts) == own.text("hot", "def f(", 40, ignore_eos=True)[0]
 
     outside = tmp_path / "hot.safetensors"
     shutil.copy(files["hot"], outside)
@@ -619,6 +647,10 @@ def hit(client, pool, number, seed, faults):
                 response.readline()
                 connection.close()
                 response.close()
+            elif fate < 0.9:   # it goes before it has sent all
+                with socket.create_connection(("127.0.0.1", client.port)) as connection:
+                    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+                                       b"Content-Type: application/json\r\n\r\n{")
             elif fate < 0.96:
                 bad, status, _ = rng.choice(BAD[4:-1])
                 assert client.call("POST", "/v1/completions", bad)[0] == status
