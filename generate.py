@@ -567,7 +567,8 @@ def generate_and_print(args, model, tokenizer, prompts, ids, adapter_ids, failed
             new[row].append(token)
             texts[row] = new_text(tokenizer, new[row])
             certain = texts[row].rstrip("\ufffd")   # without a character that has not come in full
-            printer.show(row, cut_at_stop(certain[:len(certain) - held_back], args.stop))
+            certain = certain[:max(0, len(certain) - held_back)]
+            printer.show(row, cut_at_stop(certain, args.stop))
     for row, text in enumerate(texts):
         texts[row] = cut_at_stop(text, args.stop)
         if row not in failed or new[row]:

@@ -1139,6 +1139,9 @@ def test_generate_reads_files_and_standard_input_and_stops_where_told(
     assert row["text"] == rows[0]["text"][:rows[0]["text"].index(stop)]
     assert row["tokens"] == rows[0]["tokens"][:len(row["tokens"])] and len(row["tokens"]) < 12
     assert capsys.readouterr().out == "def f" + row["text"] + "\n"
+    # longer than what comes first: nothing is shown too early, and again
+    run_script(generate.main, [*common, "--prompt", "def f", "--stop", "never" * 3], monkeypatch)
+    assert capsys.readouterr().out == "def f" + rows[0]["text"] + "\n"
 
 
 def test_generation_ends_after_end_of_text_and_at_the_end_of_the_context():
