@@ -1,4 +1,5 @@
 """extras/serve.py over real sockets of 127.0.0.1: what clients get is what the engine gives alone."""
+import asyncio
 import contextlib
 import http.client
 import importlib.util
@@ -21,7 +22,7 @@ import pytest
 import flora
 from extras.blend import blend
 from extras.serve_api import Text
-from extras.serve_engine import parse
+from extras.serve_engine import MOST_BLENDS, EngineThread, Job, parse
 from extras.serve_metrics import Metrics
 from flora import BASE
 from generate import Engine, Request, cut_at_stop, generate, new_text, stop_check
@@ -563,12 +564,42 @@ def test_without_starlette_the_command_says_what_to_install(tmp_path):
     assert "Traceback" not in run.stderr
 
 
+def test_unloaded_adapters_and_old_blends_leave_the_model_when_no_request_uses_them(folder, files):
+    """EngineThread by hand: only so many blends are kept, the last used."""
+    model = GPT.from_pretrained(folder)
+    names = {"base": BASE} | {name: flora.load_adapter(model, files[name]) for name in ("a", "b")}
+    flora.freeze_bank(model)
+    thread = EngineThread(lambda: Engine(model, slots=2), names)
+    thread.loop = SimpleNamespace(call_soon_threadsafe=lambda *args: None)
+
+    def held():
+        return {int(i) for _, layer in flora.adapter_layers(model) for i in layer.adapters}
+
+    job = Job([1, 2], dict(max_new_tokens=9), 0, None, 0.0)
+    thread._submit([job], "a:0.5")
+    for n in range(MOST_BLENDS + 5):
+        first = thread._find("b:0.25")[0]   # in use now and then, so the newest but one
+        thread._find(f"a:{n / 100 + 1}+b:1")
+    assert len(thread.blends) == MOST_BLENDS and len(held()) == 2 + MOST_BLENDS
+    assert job.request.adapter_id in held() and thread._find("b:0.25")[0] == first
+    thread._load("hot", files["hot"])
+    hot, mixed = thread._find("hot")[0], thread._find("hot:0.5+b:0.5")[0]
+    assert {hot, mixed} <= held()
+    job2 = Job([1], dict(max_new_tokens=3), 0, None, 0.0)
+    thread._submit([job2], "hot:0.5+b:0.5")
+    thread._unload("hot")
+    assert "hot" not in thread.names and hot not in held() and mixed in held()
+    while thread.engine.busy:
+        thread._report(thread._step())
+    assert job2.request.state == "done" and mixed not in held() and not thread.retired and not thread.jobs
+    for name in ("a", "b"):
+        thread._unload(name)
+    assert held() == set() and thread.blends == {} and list(thread.names) == ["base"]
+
+
 @needs_server
 def test_an_engine_that_breaks_fails_what_it_held_and_is_made_anew(folder):
     """As for want of memory: requests fail with the reason, the next one runs."""
-    import asyncio
-
-    from extras.serve_engine import EngineThread, Job
     model = GPT.from_pretrained(folder)
     made = []
 
