@@ -40,10 +40,12 @@ def measure():
             losses = {f"{language}_bpb": held.bits_per_byte(heldout_loss(model, held, i, "float32"))
                       for language, held in data.items()}
             rows.append(dict(perl=perl, cpp=cpp) | losses)
-            print(f"{perl:4} Perl + {cpp:4} C++: Perl {losses['perl_bpb']:.4f}, C++ {losses['cpp_bpb']:.4f}", flush=True)
+            told = f"Perl {losses['perl_bpb']:.4f}, C++ {losses['cpp_bpb']:.4f}"
+            print(f"{perl:4} Perl + {cpp:4} C++: {told}", flush=True)
             if i != BASE:
                 flora.remove_adapter(model, i)
-    return rows, {language: dict(tokens=held.heldout_tokens, bytes=held.heldout_bytes) for language, held in data.items()}
+    return rows, {language: dict(tokens=held.heldout_tokens, bytes=held.heldout_bytes)
+                  for language, held in data.items()}
 
 
 def draw(rows, file):
@@ -58,7 +60,8 @@ def draw(rows, file):
             axis.plot([row[own] for row in mine], [row[f"{own}_bpb"] for row in mine], "o-", ms=3,
                       color=plt.cm.viridis(number / len(WEIGHTS)), label=f"{LANGUAGES[other]} at {weight:g}")
         halves = [row for row in rows if row["perl"] + row["cpp"] == 1]
-        axis.plot([row[own] for row in halves], [row[f"{own}_bpb"] for row in halves], "k--", lw=1, label="weights sum to 1")
+        axis.plot([row[own] for row in halves], [row[f"{own}_bpb"] for row in halves], "k--", lw=1,
+                  label="weights sum to 1")
         axis.set(title=f"{LANGUAGES[own]}, held out", xlabel=f"weight of the {LANGUAGES[own]} adapter",
                  ylabel="bits per byte")
         axis.set_ylim(top=1.35 * max(row[f"{own}_bpb"] for row in rows))   # room for the legend

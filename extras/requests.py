@@ -4,10 +4,10 @@
 
 A line of --requests is a JSON object: "prompt", and optionally "adapter" (a file, none, or a blend,
 {"a.safetensors": 0.7, "b.safetensors": 0.3}), "max_new_tokens", "temperature", "top_k", "top_p", "seed",
-"stop" (a list of texts); the flags of the same names give the defaults. A line of --results is that with "line" (its number), "tokens"
-(new ids), "text", "error" (null, or why it could not run) and "made_with" (the fingerprints of the
-base model and the adapter, and the flags that count), written as requests end. Run again after an
-interruption, the same command does only what is missing.
+"stop" (a list of texts); the flags of the same names give the defaults. A line of --results is that with
+"line" (its number), "tokens" (new ids), "text", "error" (null, or why it could not run) and "made_with" (the
+fingerprints of the base model and the adapter, and the flags that count), written as requests end. Run again
+after an interruption, the same command does only what is missing.
 """
 import contextlib
 import gzip

@@ -382,7 +382,8 @@ def test_bad_requests_are_openais_error_object_and_fail_alone(client, reference,
     text = (first + response.read()).decode()
     connection.close()
     events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
-    assert "".join(event["choices"][0]["text"] for event in events) == reference.text("a", "def f(", 50, ignore_eos=True)[0]
+    got = "".join(event["choices"][0]["text"] for event in events)
+    assert got == reference.text("a", "def f(", 50, ignore_eos=True)[0]
     for path, method, status in [("/v1/nothing", "GET", 404), ("/v1/completions", "GET", 405), ("/", "POST", 405)]:
         got, value = client.call(method, path)
         assert got == status and path in value["error"]["message"]
