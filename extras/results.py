@@ -317,7 +317,7 @@ def blends(data):
 
 def load(data):
     """serve_load.py: milliseconds per output token and to the first, as the client, the server's /metrics and the
-    engine alone have them; and the share of the client's that the server did not see."""
+    engine alone have them; the share of the client's that the server did not see; processor time per token."""
     lines = []
     for rate in sorted({row["request_rate"] for row in data["rows"]}):
         http, engine = (next(row for row in data["rows"] if (row["request_rate"], row["what"]) == (rate, what))
@@ -326,12 +326,14 @@ def load(data):
         cells = [f"{1e3 * row[f'{name}_mean']:.1f} / {1e3 * row[f'{name}_p99']:.1f}"
                  for name in ("seconds_per_output_token", "time_to_first_token") for row in (http, engine)]
         lines.append([f"{rate:g}", cells[0], f"{1e3 * server:.1f}", *cells[1:],
-                      f"{100 * (client - server) / client:.1f} %"])
+                      f"{100 * (client - server) / client:.1f} %",
+                      *(f"{1e3 * row['processor_seconds_per_token']:.2f}" for row in (http, engine))])
     return (f"{data['requests']} requests of {data['new_tokens'] / data['requests']:.0f} new tokens on average, "
             f"{data['adapters']} adapters, {data['slots']} slots, {data['tool']}; mean / 99th percentile, medians of "
             f"{data['rounds']} rounds:\n\n" + markdown(
                 ["requests/s", "ms per output token, by HTTP", "in the server", "the engine alone",
-                 "ms to the first token, by HTTP", "the engine alone", "HTTP's share"], lines))
+                 "ms to the first token, by HTTP", "the engine alone", "HTTP's share",
+                 "processor ms per token, the server", "the engine alone"], lines))
 
 
 def engines(*files):

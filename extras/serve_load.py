@@ -6,16 +6,21 @@
 HTTP, each to one of 32 adapters, streams the answers and times them. The engine alone gets the same prompts, adapters
 and arrivals from bench.serve, in this process. Each round runs both at every rate, in turns. Seconds per output token
 are bench.py's and the paper's: a request's time from its arrival to its last token, over its new tokens. The server
-tells its own by /metrics; what the client saw beyond it, of the same requests at the same time, is HTTP's share.
+tells its own by /metrics; what the client saw beyond it, of the same requests at the same time, is HTTP's share. What
+the server costs beside that, threads and JSON, is in its processor time per token, which does not depend on what else
+the machine does (by /proc, so on Linux).
 """
 import argparse
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +69,7 @@ def make_requests(n, tokenizer):
 
 @contextlib.contextmanager
 def server(files):
-    """python -m extras.serve with these adapters -> its port."""
+    """python -m extras.serve with these adapters -> (its port, its process's id)."""
     named = [flag for name, file in files.items() for flag in ("--adapter", f"{name}={file}")]
     command = [sys.executable, "-m", "extras.serve", "--port", "0", "--slots", str(SLOTS), "--max-waiting", "4096",
                "--max-batched-tokens", "2560", *named]
@@ -73,9 +78,15 @@ def server(files):
             line = process.stderr.readline()
             if "http://127.0.0.1:" not in line:
                 raise BadInput(f"extras.serve did not start: {line}")
-            yield int(line.rsplit(":", 1)[1])
+            yield int(line.rsplit(":", 1)[1]), process.pid
         finally:
             process.terminate()
+
+
+def processor_seconds(pid):
+    """The processor time that a process has used, all its threads together."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def mean_of_server(port):
@@ -87,7 +98,7 @@ def mean_of_server(port):
     return np.array([sum(map(float, values)) for values in found])
 
 
-def by_http(tool, port, requests, names, rate, folder):
+def by_http(tool, port, pid, requests, names, rate, folder):
     """Send the requests by vLLM's benchmark -> (its arrivals in seconds, its metrics)."""
     lines = [json.dumps(dict(prompt=text, output_tokens=new)) for text, new in requests]
     Path(folder, "requests.jsonl").write_text("\n".join(lines) + "\n")
@@ -100,7 +111,7 @@ def by_http(tool, port, requests, names, rate, folder):
         "--num-prompts", str(len(requests)), "--request-rate", str(rate), "--seed", str(SEED), "--ignore-eos",
         "--temperature", "0", "--lora-modules", *names, "--lora-assignment", "round-robin", "--num-warmups", "0",
         "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "result.json"]
-    before = mean_of_server(port)
+    before, spent = mean_of_server(port), processor_seconds(pid)
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise BadInput(f"--tool {tool}: {(run.stderr.strip() or run.stdout).splitlines()[-1]}")
@@ -114,15 +125,18 @@ def by_http(tool, port, requests, names, rate, folder):
         raise BadInput(f"the server counted {number:.0f} requests, not {len(requests)}")
     seconds = [first + sum(rest) for first, rest in zip(result["ttfts"], result["itls"])]
     return arrivals, told(seconds, result["ttfts"], lengths) | dict(
-        server_seconds_per_output_token_mean=float(total / number))
+        server_seconds_per_output_token_mean=float(total / number),
+        processor_seconds_per_token=(processor_seconds(pid) - spent) / sum(lengths))
 
 
 def alone(model, tokenizer, requests, arrivals):
     """The same requests in this process's engine -> its metrics."""
     engine = Engine(model, SLOTS, max_batched_tokens=2560)
     workload = [(tokenizer.encode(text, bos=True), new) for text, new in requests]
+    spent = time.process_time()
     found = bench.serve(engine, workload, ADAPTERS, arrivals)
-    return {key: found[key] for key in told([1], [1], [1])}
+    spent = (time.process_time() - spent) / sum(new for _, new in requests)
+    return {key: found[key] for key in told([1], [1], [1])} | dict(processor_seconds_per_token=spent)
 
 
 def told(seconds, first, lengths):
@@ -139,11 +153,12 @@ def measure(args):
     requests = make_requests(args.num_requests, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         model, files = make_model(folder)
-        with server(files) as port:
-            by_http(args.tool, port, requests[:SLOTS], list(files), 100, folder)   # untimed
+        with server(files) as (port, pid):
+            send = partial(by_http, args.tool, port, pid, names=list(files), folder=folder)
+            send(requests[:SLOTS], rate=100)   # untimed
             for number in range(args.rounds):
                 for rate in args.rates:
-                    arrivals, http = by_http(args.tool, port, requests, list(files), rate, folder)
+                    arrivals, http = send(requests, rate=rate)
                     engine = alone(model, tokenizer, requests, arrivals)
                     found[rate].append((http, engine))
                     print(f"round {number + 1}, {rate:g} requests/s: " + ", ".join(
