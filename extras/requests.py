@@ -253,14 +253,16 @@ def load_adapters(model, requests):
     given the reason as their "error". BadInput if no request is left."""
     loaded, refused = {"none": BASE}, {}
     for r in requests.values():
+        if "error" in r:
+            continue
         name = name_of(r["adapter"])
-        if "error" not in r and name not in loaded and name not in refused:
+        if name not in loaded and name not in refused:
             try:
                 weights = weights_of(name)
                 loaded[name] = blend.load(model, weights, loaded) if weights else flora.load_adapter(model, name)
             except BadInput as e:
                 refused[name] = str(e)
-        if "error" not in r and name in refused:
+        if name in refused:
             r["error"] = refused[name]
     flora.freeze_bank(model)
     if all("error" in r for r in requests.values()):
