@@ -526,7 +526,7 @@ def merge_adapter(model, adapter_id):
 def save_adapter(model, adapter_id, file, training=None):
     """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank,
     targets, alpha, its base model's fingerprint and `training`, a JSON-able summary."""
-    write_adapter(file, adapters_of(model, adapter_id), model.fingerprint, training)
+    write_adapter(file, model, adapters_of(model, adapter_id), training)
 
 
 def load_adapter(model, file):
