@@ -18,6 +18,7 @@ its slot at the next step. SIGTERM: no new requests, running ones have --grace s
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import secrets
@@ -402,6 +403,7 @@ def main():
     args = parse_args()
     sock = listen(args)
     server = make_server(args)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)   # it warns of each client that went away
     config = uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="on",
                             timeout_graceful_shutdown=args.grace + 5)
     try:

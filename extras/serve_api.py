@@ -10,7 +10,7 @@ from pathlib import Path
 
 from extras.requests import parse_int
 from plumbing.files import BadInput, check, read_json
-from plumbing.prompts import cut_at_stop, new_text
+from plumbing.prompts import certain_text, cut_at_stop, new_text
 
 LARGEST_BODY = 1 << 22   # bytes of a request
 MOST_CHOICES = 128       # texts that one request may ask for
@@ -100,16 +100,12 @@ class Text:
 
     def __init__(self, tokenizer, stops):
         self.tokenizer, self.stops, self.ids, self.shown = tokenizer, stops, [], ""
-        self.held_back = max(map(len, stops), default=1) - 1   # characters that may begin a stop
 
     def more(self, ids, ended):
         """Take in new ids -> (what is new of the text for sure, finish_reason or None)."""
         self.ids += ids
         text = new_text(self.tokenizer, self.ids)
-        cut = cut_at_stop(text, self.stops)
-        if not ended and cut == text:
-            cut = text.rstrip("\ufffd")   # without a character that has not come in full
-            cut = cut[:max(0, len(cut) - self.held_back)]
+        cut = cut_at_stop(text, self.stops) if ended else certain_text(self.tokenizer, self.ids, self.stops)
         delta, self.shown = cut[len(self.shown):], cut
         stopped = ended and (cut != text or self.ids[-1:] and self.ids[-1] in self.tokenizer.eos_ids)
         return delta, ("stop" if stopped else "length") if ended else None

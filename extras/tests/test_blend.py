@@ -17,7 +17,8 @@ from model import GPT
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.tokenizer import Tokenizer
-from test_flora import HERE, layer_with, plain, random_adapter, run_script, script, tiny_model, write_jsonl
+from plumbing.tests.conftest import script, write_jsonl
+from test_flora import HERE, layer_with, plain, random_adapter, run_script, tiny_model
 
 KINDS = ["flora", "lora", "ia3", "hira"]
 COLUMNS = [None, (0, 24), (6, 30)]   # of 36: all, a beginning, a middle
@@ -65,7 +66,8 @@ def test_a_blend_equals_the_dense_sum_of_what_its_parts_change(path, seed):
             its_W, its_bias = dense(layer.adapters[str(i)], layer)
             W, bias = W + weight * (its_W - layer.weight.T), bias + weight * (its_bias - layer.bias)
         wanted.append(x[len(wanted)] @ W + bias)
-    y = layer(x, torch.tensor(ids), path=path)
+    layer.path = path
+    y = layer(x, flora.gather(layer, torch.tensor(ids)))
     torch.testing.assert_close(y, torch.stack(wanted), atol=2e-5, rtol=1e-5)
     assert (y - layer(x)).abs().amax((1, 2)).min() > 0.1
 
