@@ -24,8 +24,8 @@ from plumbing.files import BadInput
 from plumbing.flags import get_device, get_dtype, run_main, set_up
 from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable
-from plumbing.prompts import TextPrinter, encode_prompts, is_blend, read_prompts, report_texts, stop_check
-from plumbing.registry import extra
+from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
+from plumbing.registry import extra, is_blend
 from plumbing.requests import DIVERGED, complete_request, fits_in_memory, refuse_failed
 from plumbing.tokenizer import Tokenizer
 
@@ -68,8 +68,7 @@ class Request:
     top_k: int = 0                # 0 keeps all
     top_p: float = 1.0
     seed: int = 0                 # the same request draws the same tokens, whatever runs beside it
-    eos_id: int | list | None = None   # one or several (once submitted, a list): ends the request,
-    #                                    which then includes it
+    eos_id: int | list | None = None   # one or several: ends the request, which then includes it
     stopped: object = None        # stopped(new ids) -> True ends it; asked for each token
 
     ids: list = field(default_factory=list)   # the new ids so far
@@ -330,10 +329,7 @@ class Engine:
 
 
 def new_engine(model, slots=8, compile=False, **settings):
-    """An Engine(model, slots, **settings); on CUDA and with compile=True that of extras/graphs.py.
-
-    compile: decode with torch.compile. CUDA without extras/ has the plain one.
-    """
+    """An Engine(model, slots, **settings); on CUDA and with compile=True that of extras/graphs.py."""
     if compile:
         return extra("graphs", "--compile").GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":
@@ -348,9 +344,7 @@ def row_seed(seed, row):
 
 
 def submit_batch(model, rows, max_new_tokens=64, seed=0, **settings):
-    """An Engine that runs all `rows` at once, and their Requests.
-
-    rows: a dict of Request's fields for each (prompt, adapter_id). settings: those of all."""
+    """An Engine that runs all `rows`, dicts of Request's fields, at once, and their Requests."""
     length = max(1, *(len(row["prompt"]) for row in rows)) + max_new_tokens
     engine = new_engine(model, len(rows), length=length, sync_every=1)
     return engine, [engine.submit(**row, max_new_tokens=max_new_tokens, seed=row_seed(seed, i),

@@ -291,29 +291,23 @@ class GPT(nn.Module):
 
     @cached_property
     def fingerprints(self):
-        """(the fingerprint, and that of adapter files from before 30 November 2026)"""
+        """From its weights as they were stored: the fingerprint, and that of older adapter files."""
         return folders.fingerprints(self.base_parameters())
 
     @property
     def fingerprint(self):
-        """16 hexadecimal digits that tell this base model from others, from its weights as they
-        were stored, so that a load in another dtype keeps it."""
+        """16 hexadecimal digits that tell this base model from others, whatever its dtype now."""
         return self.fingerprints[0]
 
     @staticmethod
     def from_pretrained(folder, device="cpu", dtype=torch.float32):
         """Load a Hugging Face folder of StarCoder's family, or of one in extras/, in `dtype`.
-
-        Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
-        """
+        BadInput names the file or key that is missing, misshaped or not supported."""
         return folders.load(folder, read_config(folder), model_from_config, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json and model.safetensors that Hugging Face transformers opens.
-
-        dtype: the stored one (None keeps the model's). Adapters are not written: merge one first,
-        or use flora.save_adapter.
-        """
+        """Write config.json and model.safetensors that Hugging Face transformers opens, in `dtype`
+        (None: the model's). Adapters are not written: merge one first, or flora.save_adapter."""
         folders.save(self, folder, dtype)
 
 

@@ -28,8 +28,9 @@ from flora import BASE
 from plumbing.files import BadInput, open_file
 from plumbing.flags import get_dtype
 from plumbing.outputs import check_writable, locked, open_output, stands
-from plumbing.prompts import cut_at_stop, encode_prompt, is_blend, new_text, stop_check
+from plumbing.prompts import cut_at_stop, encode_prompt, new_text, stop_check
 from plumbing.provenance import adapter_digest, base_digest, difference, digest
+from plumbing.registry import is_blend
 
 KEYS = {   # {key of a request: its type}
     "prompt": str, "adapter": (str, dict), "max_new_tokens": int, "temperature": (int, float),
@@ -189,7 +190,8 @@ def read_requests(file, defaults):
         for line, given in read_jsonl(file):
             where = f"--requests {file} line {line}"
             check_request(given, where)
-            requests[line] = defaults | given
+            own_seed = generate.row_seed(defaults.get("seed", 0), line)   # where the line gives none
+            requests[line] = defaults | dict(seed=own_seed) | given
             if error := refusal(given):
                 errors.append(f"{where}: {error}")
                 requests[line]["error"] = error

@@ -2,6 +2,7 @@
 import argparse
 
 from plumbing.flags import Help, add_common_flags, check_numbers
+from plumbing.registry import extra
 
 
 def parse_args(argv, description, kinds):
@@ -91,8 +92,13 @@ def check_args(args, error):
         error("--from-lora takes the LoRA's targets; leave out --targets")
 
 
-def fill_in(args):
-    """The defaults that follow from other flags -> args."""
+def fill_in(args, kind):
+    """The defaults that follow from other flags and the kind of adapter (None: the base) -> args."""
+    args.fixed_rank = kind.fixed_rank if kind else None
+    if args.lr is None and kind is None:
+        args.lr = extra("pretrain", "--adapter none").LEARNING_RATE
+    elif args.lr is None:
+        args.lr = kind.learning_rate
     if args.targets is None and args.adapter == "none":
         args.targets = []
     if args.warmup is None:
