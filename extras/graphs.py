@@ -54,15 +54,19 @@ class GraphEngine(Engine):
     def replay(self, length):
         """The same as a CUDA graph, captured at the first use of each length."""
         if length not in self.graphs:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.run_all_slots(length)   # compiles, and sets up what a capture may not
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self.run_all_slots(length)
-            self.graphs[length] = graph, logits
+            with torch.cuda.device(self.device):   # streams belong to the current one
+                self.graphs[length] = self.capture(length)
         graph, logits = self.graphs[length]
         graph.replay()
         return logits
+
+    def capture(self, length):
+        """-> (a graph of run_all_slots, the logits that it writes)."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run_all_slots(length)   # compiles, and sets up what a capture may not
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):   # its own default is one for all devices
+            return graph, self.run_all_slots(length)
