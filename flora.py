@@ -514,7 +514,7 @@ def merge_adapter(model, adapter_id):
         adapter.merge(model, layer)
     for _, layer in adapter_layers(model):
         layer.adapters, layer.num_adapters, layer.frozen_bank = nn.ModuleDict(), 0, None
-    vars(model).pop("fingerprint", None)   # another base now
+    vars(model).pop("fingerprints", None)   # another base now
 
 
 def save_adapter(model, adapter_id, file, training=None):

@@ -26,8 +26,7 @@ from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable
 from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
 from plumbing.registry import extra
-from plumbing.requests import (DIVERGED, as_list, check_request, fits_in_memory, refuse_failed,
-                               start_token)
+from plumbing.requests import DIVERGED, complete_request, fits_in_memory, refuse_failed
 from plumbing.tokenizer import Tokenizer
 
 
@@ -43,9 +42,10 @@ def sample(logits, temperature, top_k, top_p, u):
     greedy = logits.argmax(-1)
     scaled = logits.float() / temperature.clamp(min=1e-6)[:, None]
     probs, order = scaled.softmax(-1).sort(descending=True)              # [B, vocab]
-    before = probs.cumsum(-1) - probs                                    # mass of likelier tokens
-    ranks = torch.arange(probs.shape[-1], device=logits.device)
-    keep = (before < top_p[:, None]) & ((ranks < top_k[:, None]) | (top_k[:, None] == 0))
+    ranks, top_k = torch.arange(probs.shape[-1], device=logits.device), top_k[:, None]
+    probs = probs * ((ranks < top_k) | (top_k == 0))
+    mass = probs.cumsum(-1)                                              # of it top-p takes a share
+    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by the likelier tokens' mass
     keep[:, 0] = True
     mass = (probs * keep).cumsum(-1)
     choice = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)   # inverse of the CDF
@@ -139,18 +139,15 @@ class Engine:
         One that cannot run fails alone: it comes back with `error` set, and step() reports it like
         any other that has ended.
         """
-        request = Request(list(prompt) or [start_token(self.model.config)], **settings)
-        request.arrived, request.eos_id = time.perf_counter(), as_list(request.eos_id)
+        request = Request(list(prompt), **settings)
+        request.arrived = time.perf_counter()
         try:
-            check_request(request, self.length, self.model.config)
+            complete_request(request, self.length, self.model.config)
             if request.adapter_id != BASE:
                 flora.adapters_of(self.model, request.adapter_id)
+            self.waiting.append(request)
         except BadInput as e:
             self.fail(request, str(e))
-        else:
-            room = max(1, self.length - len(request.prompt))   # a token follows a full context too
-            request.max_new_tokens = min(request.max_new_tokens, room)
-            self.waiting.append(request)
         return request
 
     def cancel(self, request):

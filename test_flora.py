@@ -746,6 +746,7 @@ def test_sampling_follows_the_distribution_and_no_row_depends_on_its_neighbours(
     best_two = torch.tensor([*probs[:2] / probs[:2].sum(), 0, 0])
     assert torch.allclose(shares(top_k=2), best_two, atol=0.01)
     assert torch.allclose(shares(top_p=0.7), best_two, atol=0.01)
+    assert torch.allclose(shares(top_k=3, top_p=0.9), best_two, atol=0.01)   # 0.91 of three's mass
     assert shares(temperature=0.0)[0] == 1 and shares(top_p=1e-6)[0] == 1
     model, prompts = tiny_model(), [[5], [7, 8, 9], [1, 2]]
     settings = dict(max_new_tokens=20, temperature=1.0, top_k=50)

@@ -23,12 +23,14 @@ import torch
 from tqdm import tqdm
 
 import flora
-from bench import (Row, benched_layer, check_agreement, default, example, in_turns, install, make_adapter_sets,
-                   measured_inflection, seconds, serve, throughput_of)
+from bench import (Row, benched_layer, check_agreement, default, example, install, make_adapter_sets,
+                   measured_inflection, throughput_of)
+from extras.bench_rounds import in_turns, serve
 from generate import new_engine
-from plumbing.figures import print_table, tell_rank
+from plumbing.figures import PANELS, print_table, tell_rank
 from plumbing.files import BadInput, check, existing_file, read_json
 from plumbing.outputs import PNG, check_writable, save_figure
+from plumbing.timing import seconds
 
 from .ffba import own_columns
 
@@ -89,7 +91,7 @@ def bench_layer(bench):
         bench.result["materialise_cost"] = cost
         print(f"making W0 ∘ ΔW costs {cost:.0f} rows of the plain matmul (flora.MATERIALISE_COST)")
     if not bench.panels:   # otherwise the figure is of these
-        bench.panels = {"layer": ("tokens_per_second", "Rows/s of one projection")}
+        bench.panels = {"layer": PANELS["layer"]}
     return results
 
 

@@ -44,7 +44,7 @@ def read_adapter(file, model, make_adapters):
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
     check(metadata, METADATA, f'{file}: "flora_adapter" metadata')
-    if metadata["base"] != model.fingerprint:
+    if metadata["base"] not in model.fingerprints:
         raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
                        f" this model's is {model.fingerprint}); load that base with --weights")
     options = {name: metadata[name] for name in OPTIONS if metadata.get(name) is not None}
