@@ -19,7 +19,11 @@ class GraphEngine(Engine):
 
     def __init__(self, model, slots=8, compile=False, **settings):
         super().__init__(model, slots, **settings)
-        self.forward = torch.compile(model, dynamic=False) if compile else model
+        self.forward = model
+        if compile:
+            self.forward = torch.compile(model, dynamic=False)
+            # once for each cache length; beyond its limit, 8, torch silently compiles no more
+            torch._dynamo.config.recompile_limit += -(-self.length // BLOCK)
         self.layers = [layer for _, layer in flora.adapter_layers(model)]
         self.graphs = {}      # {cache length: (graph, its logits)}
         self.banks = []       # of each layer, as the graphs read them
