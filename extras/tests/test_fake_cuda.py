@@ -1,7 +1,7 @@
 """The paths of CUDA on a machine without a GPU: no two devices meet, and how often the host waits for the GPU.
 
-A read makes the host wait, so that the GPU runs dry; these tests hold how many there are in each step and which function
-asks. They see devices and shapes, no values (fake_cuda.py): that the tokens are right is python -m extras.gpu's to say.
+A read makes the host wait, so that the GPU runs dry; these tests hold how many there are in each step, and which
+function asks. They see devices and shapes, no values (fake_cuda.py): whether tokens are right, python -m extras.gpu says.
 """
 import contextlib
 import importlib.util
@@ -22,12 +22,13 @@ from extras.tests.fake_cuda import LACKING, TOKEN, build_guard, fake_cuda
 from extras.whisper_model import WhisperConfig, write_greedily
 from generate import Engine, new_engine
 from model import model_from_config
-from plumbing import adapter_files, folders, processes
+from plumbing import adapter_files, folders, processes, provenance, timing
 from plumbing.files import BadInput
 from test_flora import tiny_model
 
 CUDA = torch.device("cuda")
 FAMILIES = ["gpt_bigcode", "llama"]
+FAKE = "fake", "fake"   # fingerprints; those of fake tensors cannot be had
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WHISPER = WhisperConfig(vocab_size=300, n_positions=24, n_embd=16, n_layer=2, n_head=2, n_inner=64, encoder_layers=1,
                         encoder_heads=2, encoder_inner=64, n_mels=8, n_heard=10)
@@ -71,8 +72,8 @@ def captured(traffic, monkeypatch):
         yield
 
     captures.devices = []   # that were made the current one for a capture
-    for name, value in dict(graph=graph, Stream=stream, current_stream=stream, stream=contextlib.nullcontext, device=device,
-                            CUDAGraph=lambda: SimpleNamespace(replay=lambda: None)).items():
+    for name, value in dict(graph=graph, Stream=stream, current_stream=stream, stream=contextlib.nullcontext,
+                            device=device, CUDAGraph=lambda: SimpleNamespace(replay=lambda: None)).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return captures
 
@@ -190,7 +191,7 @@ def test_a_path_is_chosen_without_a_read_but_for_long_prompts(traffic):
 def test_an_int8_base_reads_nothing(family, traffic):
     """FFBA runs unfused on it."""
     model = model_on_cuda(CONFIGS[family], torch.bfloat16)
-    model.fingerprint = "of the weights as they were stored"
+    model.fingerprints = FAKE
     traffic.clear()
     int8.quantize_int8(model)
     assert not +traffic.reads
@@ -329,9 +330,9 @@ def test_a_cancelled_request_costs_no_read(make, traffic, captured):
 
 @pytest.fixture(scope="module")
 def adapter_file(tmp_path_factory):
-    """A FLoRA of rank 2 of a model whose fingerprint is "fake"."""
+    """A FLoRA of rank 2 of a model whose fingerprints are FAKE."""
     model, file = tiny_model(), tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    model.fingerprint = "fake"
+    model.fingerprints = FAKE
     flora.save_adapter(model, flora.add_adapter(model, "flora", 2), file)
     return file
 
@@ -346,7 +347,7 @@ def test_adapters_come_and_go_between_steps_without_a_read(make, adapter_file, s
 
     monkeypatch.setattr(adapter_files, "load_tensors", load_tensors)
     model = served_on_cuda()
-    model.fingerprint = "fake"
+    model.fingerprints = FAKE
     engine = make(model, 4, sync_every=4)
     long = engine.submit([1, 2, 3], adapter_id=3, max_new_tokens=20)
     engine.step()
@@ -369,7 +370,7 @@ def test_a_folder_is_loaded_onto_the_gpu_with_two_reads_a_tensor(traffic, monkey
     config = CONFIGS["gpt_bigcode"]
     stored = {name: torch.empty(p.shape) for name, p in model_from_config(config).base_parameters().items()}
     monkeypatch.setattr(folders, "stored_tensors", lambda folder: [("a file", *item) for item in stored.items()])
-    monkeypatch.setattr(folders, "sample", lambda tensor: b"")
+    monkeypatch.setattr(folders, "sample", lambda tensor: (b"", b""))
     traffic.clear()
     model = folders.load("a folder", config, model_from_config, CUDA, torch.bfloat16)
     assert {p.device.type for p in model.parameters()} == {"cuda"}
@@ -403,7 +404,7 @@ def test_a_training_step_reads_the_loss_and_whether_to_stop(
         kind, family, quantize, traffic, autocast_on_cuda, monkeypatch):
     """All of a step but the backward pass, which fake CUDA does not have: two micro-batches in bfloat16."""
     model = model_on_cuda(CONFIGS[family])
-    model.fingerprint = "fake"
+    model.fingerprints = FAKE
     if quantize:
         int8.quantize_int8(model)
     model.gradient_checkpointing = family == "llama"
@@ -456,6 +457,20 @@ def test_the_losses_of_whisper_and_of_many_adapters(traffic, autocast_on_cuda, m
     traffic.clear()
     assert [loss.device.type for loss in train_many.one_pass(batches, 1)] == ["cuda"] * 2
     assert not +traffic.reads and not +traffic.uploads
+
+
+def test_the_peak_of_memory_and_the_end_of_work_are_those_of_the_device_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {torch.device("cuda:1"): 7}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "synchronize", {torch.device("cuda:1"): None}.__getitem__)
+    assert provenance.peak_memory(torch.device("cuda:1")) == 7
+    timing.synchronize(torch.device("cuda:1"))
+
+
+def test_a_model_that_was_packed_for_a_cpu_runs_on_the_gpu(traffic):
+    model = model_from_config(CONFIGS["gpt_bigcode"]).requires_grad_(False)
+    model.pack()
+    assert model.times_output is not F.linear
+    check_forwards(model.to(CUDA), traffic)
 
 
 def test_what_is_for_a_cpu_alone_is_refused(traffic):
