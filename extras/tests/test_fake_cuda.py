@@ -1,7 +1,7 @@
 """The paths of CUDA on a machine without a GPU: no two devices meet, and how often the host waits for the GPU.
 
 A read makes the host wait, so that the GPU runs dry; these tests hold how many there are in each step, and which
-function asks. They see devices and shapes, no values (fake_cuda.py): whether tokens are right, python -m extras.gpu says.
+function asks. They see devices and shapes, no values (fake_cuda.py): whether the tokens are right, extras/gpu.py says.
 """
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import flora
 import train
-from extras import fast, hot_swap, int8, train_many, whisper
+from extras import fast, gpu_parts, hot_swap, int8, train_many, whisper
 from extras.graphs import BLOCK, GraphEngine
 from extras.tests.conftest import CONFIGS, EXTRA_KINDS, MIXED
 from extras.tests.fake_cuda import LACKING, TOKEN, build_guard, fake_cuda
@@ -466,11 +466,28 @@ def test_the_peak_of_memory_and_the_end_of_work_are_those_of_the_device_asked_fo
     timing.synchronize(torch.device("cuda:1"))
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_a_model_that_was_packed_for_a_cpu_runs_on_the_gpu(traffic):
     model = model_from_config(CONFIGS["gpt_bigcode"]).requires_grad_(False)
     model.pack()
     assert model.times_output is not F.linear
     check_forwards(model.to(CUDA), traffic)
+
+
+def test_what_gpu_py_measures_runs_on_cuda(traffic, captured, autocast_on_cuda, monkeypatch):
+    """Its own parts, but for the tokens, which need values."""
+    args = SimpleNamespace(device="cuda", rehearse=False)
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: None)   # PEFT is not ours
+    monkeypatch.setattr(gpu_parts, "preset", lambda name: replace(CONFIGS["gpt_bigcode"], n_positions=1024))
+    monkeypatch.setattr(gpu_parts, "quantize_int8", lambda model: None)   # it reads values for the fingerprint
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3e9)
+    assert set(gpu_parts.graphs(args)["milliseconds"]) == {"base", "flora r1"}
+    assert captured == [{}, {}]
+    assert {"flora", "lora", "ia3"} <= set(gpu_parts.training(args)["tokens_per_second"])
+    assert gpu_parts.memory(args)["training_gb"] == 3.0
 
 
 def test_what_is_for_a_cpu_alone_is_refused(traffic):
