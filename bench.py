@@ -74,18 +74,18 @@ def materialise(layer):
 
 
 def example(layer):
-    layer.lora = flora.lora_addend
+    layer.add_lora = flora.add_lora
 
 
 def token(layer):
-    layer.lora = lora_per_token
+    layer.add_lora = lora_per_token
 
 
-def lora_per_token(x, rows):
-    """LoRA's addend as an engine computes it that flattens tokens (the paper's baseline): every
+def lora_per_token(y, x, rows):
+    """flora.add_lora as an engine computes it that flattens tokens (the paper's baseline): every
     token carries a copy of its adapter."""
     A, B = (rows[part].expand(*x.shape[:2], -1, -1) for part in ("added_A", "added_B"))
-    return flora.lora_addend(x, dict(added_A=A, added_B=B))
+    return flora.add_lora(y, x, dict(added_A=A, added_B=B))
 
 
 ROWS = {   # by the names that --rows takes
@@ -133,7 +133,7 @@ def install(model, adapters=None, set_up=default):
         plain = flora.AdapterLinear, nn.ModuleDict(), None
         layer.__class__, layer.adapters, layer.frozen_bank = adapters[name] if adapters else plain
         layer.num_adapters = len(layer.adapters)
-        layer.path, layer.lora = "auto", flora.lora_addend
+        layer.path, layer.add_lora = "auto", flora.add_lora
         set_up(layer)
 
 
@@ -407,7 +407,8 @@ def predict_inflection(layer, b, l, device, dtype):
     x = torch.randn(b, l, d, device=device).to(dtype)
     A = torch.randn(b, 1, k, device=device).to(dtype)
     B = torch.randn(b, d, 1, device=device).to(dtype)
-    c1 = seconds(lambda: flora.lora_bmm(x, A, B), device) / (b * l * (d + k))
+    y = torch.zeros(b, l, k, device=device, dtype=dtype)
+    c1 = seconds(lambda: flora.lora_bmm(y, x, A, B), device) / (b * l * (d + k))
     c2 = seconds(lambda: layer.product(x), device) / (b * l * d * k)
     return dict(batch=b, tokens=l, d=d, k=k, c1=c1, c2=c2,
                 inflection_rank=flora.inflection_rank(c1, c2, d, k))

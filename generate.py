@@ -24,7 +24,7 @@ from plumbing.files import BadInput
 from plumbing.flags import get_device, get_dtype, run_main, set_up
 from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable
-from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
+from plumbing.prompts import TextPrinter, encode_prompts, is_blend, read_prompts, report_texts, stop_check
 from plumbing.registry import extra
 from plumbing.requests import DIVERGED, complete_request, fits_in_memory, refuse_failed
 from plumbing.tokenizer import Tokenizer
@@ -384,10 +384,12 @@ def load_model(args):
 
 
 def load_adapters(model, names):
-    """{name: adapter id} of adapter files and "none"; stacked into the bank."""
+    """{name: adapter id} of adapter files, blends (extras/blend.py) and "none"; stacked for use."""
     loaded = {"none": BASE}
     for name in names:
-        if name not in loaded:
+        if name not in loaded and is_blend(name):
+            loaded[name] = extra("blend", f"--adapter '{name}'").load(model, name, loaded)
+        elif name not in loaded:
             loaded[name] = flora.load_adapter(model, name)
     flora.freeze_bank(model)
     return loaded

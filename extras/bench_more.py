@@ -37,19 +37,19 @@ from .ffba import own_columns
 # ------------------------------------------------------------------------- rows that bench.py lacks
 
 
-def lora_masked(x, rows):
+def lora_masked(y, x, rows):
     """LoRA without bmm: all n adapters as one dense [d, n r] matmul, the others masked out.
 
-    x [b, T, d], rows a flora.Rows -> the addend of Eq. 1 [b, T, k]; for the `lora` of a layer.
+    y [b, T, k], x [b, T, d], rows a flora.Rows -> y and the addend of Eq. 1; for a layer's add_lora.
     """
     A, B = rows.bank.added_A.flatten(0, 1), rows.bank.added_B.flatten(0, 1)   # [n r, k], [n r, d]
     own = own_columns(rows, "added_B")                                        # [b, 1 or T, n r]
     hidden = (x @ B.T.to(x.dtype)) * own.to(x.dtype)                          # [b, T, n r]
-    return hidden @ A.to(x.dtype)
+    return torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1).to(y.dtype), A.to(y.dtype)).view(y.shape)
 
 
 def masked(layer):
-    layer.lora = lora_masked
+    layer.add_lora = lora_masked
 
 
 def fused(layer):

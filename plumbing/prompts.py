@@ -2,6 +2,7 @@
 
 Text is shown as it comes: what is printed only ever grows, and at the end is the text reported.
 """
+import os
 import sys
 
 from plumbing.files import BadInput
@@ -22,6 +23,11 @@ def read_prompts(args):
     if len(prompts) == 1:
         prompts = prompts * len(names)
     return prompts, one_each(names, len(prompts), "--adapter")
+
+
+def is_blend(name):
+    """Whether a name is no file but 'FILE*WEIGHT + FILE*WEIGHT', of extras/blend.py."""
+    return not os.path.exists(name) and ("*" in name or "+" in name)
 
 
 def one_each(values, n, what):

@@ -32,8 +32,9 @@ from plumbing.checkpoints import check_same, open_checkpoint, restore
 from plumbing.files import BadInput
 from plumbing.flags import run_main
 from plumbing.registry import extra
+from plumbing.tests.conftest import write_jsonl
 from plumbing.tokenizer import Tokenizer
-from test_flora import FIXTURES, TINY, random_adapter, tiny_flags, tiny_model, write_jsonl
+from test_flora import FIXTURES, TINY, random_adapter, tiny_flags, tiny_model
 
 HEADROOM = 4 << 30   # bytes of address space beyond what the process has
 VALUES = [None, True, False, -1, 0, 0.5, 3, 10**9, 10**20, 1e400, float("nan"), "", "x", "0",

@@ -9,7 +9,7 @@ import flora
 import generate
 from extras import packed
 from model import GPT, attend
-from test_flora import SERVED, run_script, served_model
+from test_flora import SERVED, plain, run_script, served_model
 
 
 @pytest.mark.parametrize("family", ["gpt_bigcode", "llama"])
@@ -37,8 +37,8 @@ def test_a_packed_model_attends_to_a_cache_as_a_plain_one(key_heads, dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, heads, n, 8, dtype=dtype)
                for heads, n in [(4, 1), (key_heads, 7), (key_heads, 7)])
-    unseen = torch.arange(7) > torch.tensor([0, 3, 6])[:, None, None]         # [3, 1, 7]
-    mask = torch.zeros(3, 1, 7, dtype=dtype).masked_fill(unseen, float("-inf"))
+    unseen = torch.arange(7) > torch.tensor([0, 3, 6])[:, None, None, None]   # [3, 1, 1, 7]
+    mask = torch.zeros(3, 1, 1, 7, dtype=dtype).masked_fill(unseen, float("-inf"))
     exact = attend(q.double(), k.double(), v.double(), mask.double())
     ours = packed.attend_to_cache(q, k, v, mask)
     assert (ours - exact).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-5)
@@ -68,3 +68,28 @@ def test_dtype_auto_serves_in_what_it_says(tiny_folder, monkeypatch, capsys):
     assert f"--dtype auto: {chosen}, {why}" in err and f"{chosen} on cpu" in err
     args = bench.parse_args(["--weights", str(tiny_folder), "--device", "cpu", "--dtype", "auto"])
     assert bench.load_model(args).wte.weight.dtype == getattr(torch, chosen) and args.dtype == chosen
+
+
+def served_copy(model):
+    """A model of the same weights and FLoRA adapter (rank 2) that has never generated."""
+    fresh = served_model([("flora", 2, None)], model.config.model_type)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "llama"])
+def test_a_model_may_be_trained_changed_and_copied_between_generations(family):
+    """Packed copies of the weights (extras/packed.py) follow them; a gradient never meets one."""
+    model, prompt = served_model([("flora", 2, None)], family), [3, 1, 4]
+    for _ in range(2):
+        expected = plain(served_copy(model), prompt, 1, max_new_tokens=8)
+        assert generate.generate(model, [prompt], [1], max_new_tokens=8) == [expected]
+        copied = copy.deepcopy(model)
+        assert generate.generate(copied, [prompt], [1], max_new_tokens=8) == [expected]
+        with torch.no_grad():
+            next(iter(dict(flora.adapter_layers(model)).values())).weight.mul_(-1)
+            model.wte.weight.add_(torch.randn(97, 64))
+            if family == "llama":
+                model.lm_head.weight.add_(torch.randn(97, 64))
+    model(torch.tensor([prompt]), torch.tensor([1])).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in flora.adapter_parameters(model, 1).values())

@@ -20,7 +20,8 @@ from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.outputs import locked, save_tensors
 from plumbing.tokenizer import Tokenizer
-from test_flora import FIXTURES, write_jsonl
+from plumbing.tests.conftest import write_jsonl
+from test_flora import FIXTURES
 
 
 def add_problems(file, language, names=("a", "b")):

@@ -233,12 +233,17 @@ def test_adapters_exported_to_peft_come_back_with_their_logits(kind, rank, targe
 
 
 @pytest.mark.parametrize("name", [""])
-def test_rslora_is_a_larger_alpha(tiny, golden, tmp_path):
-    larger = peft_folder(tmp_path / "a", "lora", golden, lora_alpha=8 * 2**0.5)
-    rescaled = peft_folder(tmp_path / "b", "lora", golden, use_rslora=True)
-    plain, rslora = (flora.load_adapter(tiny, folder) for folder in (larger, rescaled))
-    logits = tiny(golden["ids"][:1].expand(2, -1), torch.tensor([rslora, plain]))
-    assert_close(logits[0], logits[1])
+def test_rslora_divides_alpha_by_the_root_of_the_rank(tiny, golden, tmp_path):
+    """W0 + alpha / √r B A, written into the weights of another model; LoRA's own is alpha / r."""
+    ids = golden["ids"]
+    for changes, scale in [(dict(use_rslora=True), 3 / 2**0.5), ({}, 3 / 2)]:
+        folder = peft_folder(tmp_path, "lora", golden, lora_alpha=3, **changes)
+        adapter_id, dense = flora.load_adapter(tiny, folder), GPT.from_pretrained(TINY)
+        for i, block in enumerate(dense.blocks):
+            name = f"lora:base_model.model.transformer.h.{i}.attn.c_attn"
+            A, B = (golden[f"{name}.lora_{factor}.weight"] for factor in "AB")
+            block.attn.c_attn.weight.data += scale * B @ A
+        assert_close(tiny(ids, torch.full((len(ids),), adapter_id)), dense(ids))
 
 
 @pytest.mark.parametrize("name", [""])

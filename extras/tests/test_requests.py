@@ -20,8 +20,9 @@ from flora import BASE
 from model import GPT
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, run_main
+from plumbing.tests.conftest import script, write_jsonl
 from plumbing.tokenizer import Tokenizer
-from test_flora import FIXTURES, HERE, script, trained, write_jsonl
+from test_flora import FIXTURES, HERE, trained
 
 
 def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):

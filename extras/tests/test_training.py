@@ -7,10 +7,10 @@ import pytest
 import flora
 import generate
 from model import GPT
+from plumbing.tests.test_checkpoints import (
+    test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one as check_resume)
 from plumbing.tokenizer import Tokenizer
 from test_flora import run_script, run_train
-from test_flora import (
-    test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one as check_resume)
 from test_flora import (
     test_training_lowers_heldout_loss_and_a_seed_gives_the_same_losses_twice as check_losses)
 

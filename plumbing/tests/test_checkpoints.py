@@ -2,9 +2,11 @@
 import argparse
 import contextlib
 import json
+import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,60 @@ from safetensors.torch import load_file, save_file
 import train
 from plumbing.checkpoints import load_checkpoint
 from plumbing.files import BadInput
-from test_flora import HEADERS, run_train, start_train
+from plumbing.flags import run_main
+from test_flora import HEADERS, HERE, run_train, tiny_flags
+
+
+def start_train(*args, launcher=()):
+    return subprocess.Popen([sys.executable, *launcher, str(HERE / "train.py"), *tiny_flags(*args)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(params=[(signal.SIGKILL, "flora"), (signal.SIGINT, "lora")],
+                ids=["kill", "interrupt"])
+def ending(request):
+    """How a training ends too early, and the kind of its adapter."""
+    return request.param
+
+
+def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(
+        ending, tiny_folder, tmp_path):
+    how, kind = ending
+    flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
+    process = start_train(tiny_folder, tmp_path / "cut", *flags)
+    while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(how)
+    printed = process.communicate()[0]
+    step = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
+    assert 10 <= step < 150 and "Traceback" not in printed
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    if how == signal.SIGINT:
+        assert f"interrupted at step {step}; go on with:" in printed and "--resume" in printed
+    with pytest.raises(BadInput, match=f"is an unfinished run at step {step}; add --resume"):
+        run_train(tiny_folder, tmp_path / "cut", *flags)
+    with pytest.raises(BadInput, match="was made with --seed 0, not 5; give the same flags"):
+        run_train(tiny_folder, tmp_path / "cut", *flags, "--resume", "--seed", 5)
+    resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
+    whole = run_train(tiny_folder, tmp_path / "whole", *flags)
+    after_cut = {p["step"]: p["heldout_loss"] for p in resumed["log"]}
+    assert {p["step"]: after_cut[p["step"]] for p in whole["log"]} == pytest.approx(
+        {p["step"]: p["heldout_loss"] for p in whole["log"]}, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+        tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "learning_rate", lambda step, args: 1e-3 if step < 20 else 1e30)
+    monkeypatch.setattr(sys, "argv", ["train.py", *tiny_flags(tiny_folder, tmp_path)])
+    with pytest.raises(SystemExit) as exit:
+        run_main(train.main)
+    assert exit.value.code == 1
+    sentence = ("loss is (nan|inf) at step 2[12]; "
+                "the last good checkpoint is kept in .*checkpoint.pt; lower --lr")
+    assert re.search(sentence, capsys.readouterr().err)
+    checkpoint = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert checkpoint["step"] == 20
+    assert all(t.isfinite().all() for t in checkpoint["trained"].values())
 
 
 def test_an_interrupted_run_says_how_to_go_on_with_resume_once(

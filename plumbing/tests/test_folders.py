@@ -14,7 +14,7 @@ from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.tests.test_tokenizer import copy_of_tiny
 from plumbing.tokenizer import Tokenizer
-from test_flora import TINY, random_adapter, tiny_model
+from test_flora import FIXTURES, TINY, random_adapter, tiny_model
 
 
 def test_folders_round_trip_whole_sharded_and_as_bin(family, tmp_path):
@@ -43,6 +43,16 @@ def test_folders_round_trip_whole_sharded_and_as_bin(family, tmp_path):
     sentence = "model-2.safetensors: this shard, named in .*index.json, is missing"
     with pytest.raises(BadInput, match=sentence):
         loads()
+
+
+def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    ours = load_file(tmp_path / "model.safetensors")
+    theirs = load_file(FIXTURES / f"tiny{name}" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
+    assert GPT.from_pretrained(tmp_path).config == tiny.config
 
 
 def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
@@ -256,3 +266,18 @@ def test_the_norms_are_those_of_config_json(tmp_path):
     model.save_pretrained(tmp_path / "b")
     shutil.copy(folder / "tokenizer.json", tmp_path / "b")
     assert torch.equal(GPT.from_pretrained(tmp_path / "b")(torch.arange(9)[None]), logits)
+
+
+@pytest.mark.parametrize("name,activation", [
+    ("gelu", lambda x: x / 2 * (1 + torch.erf(x / 2**0.5))),
+    ("gelu_pytorch_tanh",
+     lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi)**0.5 * (x + 0.044715 * x**3))))])
+def test_the_activation_is_that_of_config_json(name, activation, tmp_path):
+    """The two differ by 5e-4 at most."""
+    mlp = GPT.from_pretrained(copy_of_tiny(tmp_path / "a", activation_function=name)).blocks[0].mlp
+    seen = []
+    mlp.c_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    mlp.c_fc.register_forward_hook(lambda _, inputs, output: seen.append(activation(output)))
+    mlp(4 * torch.randn(9, 7, mlp.c_fc.in_features), None)
+    ours, wanted = reversed(seen)
+    assert (ours - wanted).abs().max() < 1e-5
