@@ -360,10 +360,21 @@ def engines(*files):
     return "\n\n".join([markdown(["engine", "folder", *exports], lines), *notes])
 
 
+def gpu(data):
+    """extras/gpu.py: a line for each claim, and Figure 2's shares of the base for each model that was run."""
+    lines = [[line["verdict"], line["what"]] for line in data["verdicts"]]
+    tables = [f"{name}, shares of the base's tokens/s:\n\n{throughput_shares(part)}"
+              for name, part in data["parts"].items() if name.startswith("fig2") and "rows" in part]
+    return "\n\n".join([markdown(["", "on a GPU"], lines), *tables])
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
+NOT_YET = {   # tables whose data may be missing, and what then stands in their place
+    "gpu": "Not run: there was no GPU. `python -m extras.gpu` is the command."}
 TABLES = {   # name in the text: (files in extras/results/, what makes the table of them)
+    "gpu": ("gpu.json", gpu),
     "fig2-throughput": ("fig2_1b.json", throughput),
     "fig2-shares": ("fig2_1b.json", throughput_shares),
     "fig2-latency": ("fig2_1b.json", latency),
@@ -429,6 +440,8 @@ def render(place):
         raise BadInput(f"<!-- table {name} -->: there is no such table; use one of "
                        f"{', '.join(TABLES)}")
     names, table = TABLES[name]
+    if name in NOT_YET and not (DATA / names).exists():
+        return f"<!-- table {name} -->\n{NOT_YET[name]}\n<!-- end -->"
     data = [read_json(DATA / file) for file in names.split()]
     return f"<!-- table {name} -->\n{table(*data)}\n\n{caption(*data)}\n<!-- end -->"
 

@@ -9,7 +9,7 @@ BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 
 def synchronize(device):
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def seconds(f, device, repeats=7):
