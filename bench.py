@@ -170,8 +170,8 @@ def logits_of(model, adapters, way, ids):
 
 
 class Lane:
-    """One row of the table as it is measured: an engine of its own, and a clock in seconds that only
-    its own steps advance. install() makes the shared model compute as this row does."""
+    """One row of the table as it is measured: an engine of its own, and a clock in seconds that
+    only its own steps advance. install() makes the shared model compute as this row does."""
 
     def __init__(self, engine, num_adapters=0, install=lambda: None):
         self.engine, self.num_adapters, self.install = engine, num_adapters, install
@@ -389,7 +389,7 @@ def bench_serving(bench):
     return results
 
 
-# ------------------------------------------------------------------------------- the two predictions
+# ----------------------------------------------------------------------------- the two predictions
 
 
 def benched_layer(model):
@@ -432,8 +432,8 @@ def measured_inflection(rows, lora):
 
 
 def told_apart(ratios, lora):
-    """(the last rank at which FLoRA is ahead of `lora` by more than the interval of `compare`, or 0;
-    the first at which `lora` is ahead of FLoRA, or infinity)"""
+    """(the last rank at which FLoRA is ahead of `lora` by more than the interval, or 0; the first
+    at which `lora` is ahead of FLoRA, or infinity)"""
     mine = [r for r in ratios if r["against"] == lora]
     return (max((r["rank"] for r in mine if r["low"] > 1), default=0),
             min((r["rank"] for r in mine if r["high"] < 1), default=float("inf")))

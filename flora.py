@@ -35,10 +35,10 @@ BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
 def flora_expand(x, times_W0, A, B, bias=None):
     """Eq. 6: Y = A ∘ ((B ∘ X) W0), and a bias. One shared matmul of r rows per token, no bmm.
 
-    x [..., d], A [..., r, k], B [..., r, d], bias [k] or [..., k] -> [..., k] in the widest dtype of
-    A, x and bias. times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold each
-    token's own adapter, as rows. For r > 1 the paper takes a mean over the r components; here it is
-    a sum, since FLoRA.scale has divided A by r: so one batch may pad several ranks with zeros.
+    x [..., d], A [..., r, k], B [..., r, d], bias [k] or [..., k] -> [..., k] in the widest of
+    their dtypes. times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold
+    each token's own adapter, as rows. For r > 1 the paper takes a mean over the r components; here
+    it is a sum, since FLoRA.scale has divided A by r: so one batch may pad ranks with zeros.
     """
     BX = (B * x.unsqueeze(-2)).to(x.dtype)                   # [..., r, d]
     XW = times_W0(BX)                                        # [..., r, k]

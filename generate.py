@@ -45,7 +45,7 @@ def sample(logits, temperature, top_k, top_p, u):
     ranks, top_k = torch.arange(probs.shape[-1], device=logits.device), top_k[:, None]
     probs = probs * ((ranks < top_k) | (top_k == 0))
     mass = probs.cumsum(-1)                                              # of it top-p takes a share
-    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by the likelier tokens' mass
+    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by what is likelier
     keep[:, 0] = True
     mass = (probs * keep).cumsum(-1)
     choice = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)   # inverse of the CDF
@@ -329,7 +329,7 @@ class Engine:
 
 
 def new_engine(model, slots=8, compile=False, **settings):
-    """An Engine(model, slots, **settings); on CUDA and with compile=True that of extras/graphs.py."""
+    """An Engine(model, slots, **settings); on CUDA, or to compile, that of extras/graphs.py."""
     if compile:
         return extra("graphs", "--compile").GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from flora import AdapterLinear, gather
 from plumbing import folders
 from plumbing.files import BadInput
+from plumbing.fingerprint import fingerprints
 from plumbing.registry import extra, find
 from plumbing.tokenizer import Tokenizer  # noqa: F401, a folder holds both
 
@@ -291,8 +292,8 @@ class GPT(nn.Module):
 
     @cached_property
     def fingerprints(self):
-        """From its weights as they were stored: the fingerprint, and that of older adapter files."""
-        return folders.fingerprints(self.base_parameters())
+        """Of its weights as they were stored: the fingerprint, and that of older adapter files."""
+        return fingerprints(self.base_parameters())
 
     @property
     def fingerprint(self):

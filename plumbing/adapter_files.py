@@ -30,7 +30,8 @@ def write_adapter(file, model, adapters, training=None):
     adapters = to_save(model, adapters) if to_save else adapters
     first = next(iter(adapters.values()))
     metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
-                    **{name: getattr(first, name, None) for name in OPTIONS}, base=model.fingerprint,
+                    **{name: getattr(first, name, None) for name in OPTIONS},
+                    base=model.fingerprint,
                     targets=list(dict.fromkeys(a.target for a in adapters.values())),
                     training=training or {})
     tensors = {name: p.detach().contiguous().cpu()

@@ -93,7 +93,7 @@ def check_args(args, error):
 
 
 def fill_in(args, kind):
-    """The defaults that follow from other flags and the kind of adapter (None: the base) -> args."""
+    """The defaults that follow from other flags and the kind (None: the base) -> args."""
     args.fixed_rank = kind.fixed_rank if kind else None
     if args.lr is None and kind is None:
         args.lr = extra("pretrain", "--adapter none").LEARNING_RATE
