@@ -237,10 +237,9 @@ NO_ADAPTER = Adapter(0, None, 0, 0)   # what the base model's row of a Bank is m
 
 @dataclass(eq=False)
 class Bank:
-    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i. float32; a
-    frozen bank holds LoRA's factors in the model's dtype, which they would get in each call.
-
-    Ranks are padded with zeros. A part that no adapter of the layer needs is None.
+    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; ranks are
+    padded with zeros. float32, but a frozen bank rounds LoRA's factors to the model's dtype once.
+    A part that no adapter of the layer needs is None.
     """
     scale_A: torch.Tensor | None   # [n + 1, R, columns]   ΔW of FLoRA and IA3
     scale_B: torch.Tensor | None   # [n + 1, R, d]
@@ -473,7 +472,7 @@ def adapter_parameters(model, adapter_id):
 
 
 def remove_adapter(model, adapter_id):
-    """Take an adapter out of the model. Its id is the base model from now on, free for the next."""
+    """Take an adapter out of the model. Its id then runs the base model; the next adapter gets it."""
     for name in adapters_of(model, adapter_id):
         del model.get_submodule(name).adapters[str(adapter_id)]
     for _, layer in adapter_layers(model):

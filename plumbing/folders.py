@@ -12,8 +12,8 @@ from dataclasses import asdict, fields
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import (BadInput, check, check_weights, existing_file, existing_folder, is_a,
-                            read_json, warn_once)
+from plumbing.files import (BadInput, check_json, check_weights, existing_file, existing_folder,
+                            is_json, read_json, warn_once)
 from plumbing.fingerprint import digests_of, sample
 from plumbing.outputs import save_tensors, write_json
 
@@ -42,10 +42,10 @@ class StarCoderFolder:
         found = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
         for name, value in found.items():
             if name not in cls.SIZES and kinds[name] in (int, float, str, bool):
-                check(value, kinds[name], file, keys[name])
+                check_json(value, kinds[name], file, keys[name])
         found = cls.complete(found, values, file)
         for name in cls.SIZES:
-            if not is_a(found.get(name), int) or not 1 <= found[name] <= LARGEST:
+            if not is_json(found.get(name), int) or not 1 <= found[name] <= LARGEST:
                 raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
                                "but must be a positive whole number")
         ends = read_ends(values, file, found["vocab_size"])
@@ -143,7 +143,7 @@ def read_ends(values, file, vocab_size=None):
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     ends = [i for i in ends if i is not None]
-    check(ends, [int], file, "eos_token_id")
+    check_json(ends, [int], file, "eos_token_id")
     if min(ends, default=0) < 0:
         raise BadInput(f"{file}: eos_token_id is {min(ends)}, which is no token")
     outside = [i for i in ends if vocab_size is not None and i >= vocab_size]
@@ -171,7 +171,7 @@ def weight_files(folder):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{index}: has no weight_map; download it again")
-            check(list(weight_map.values()), [str], index, "weight_map")
+            check_json(list(weight_map.values()), [str], index, "weight_map")
             return read_shards(folder, index, weight_map)
     raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, "
                    "nor an index of shards")
