@@ -49,7 +49,7 @@ from plumbing.registry import extra
 from plumbing.timing import measure_limits, seconds, share_of_limits, synchronize
 from plumbing.workload import make_workload
 
-FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
+FREE = 0.97       # FLoRA counts as free at this ratio to the base
 
 
 # ---------------------------------------------------------------------------- the rows of the table
@@ -299,12 +299,15 @@ def result_row(bench, variant, lanes, mode, rate, warm_up):
         prefill_step_seconds=float(np.median(steps[True])), steps=len(lane.steps))
 
 
-def compare(lanes, rate=None):
-    """[FLoRA beside each LoRA of its rank, with the interval of their ratio]"""
-    return [dict(row="flora", rank=rank, against=name, **dict(zip(
-                ("ratio", "low", "high"), ratio(pairs_of(lane, rate), pairs_of(mine, rate)))))
-            for (name, rank), lane in lanes.items() if name.startswith("lora")
-            for mine in [lanes.get(("flora", rank))] if mine]
+def compare(lanes):
+    """[FLoRA's steps beside those of each LoRA of its rank, with the interval of their ratio]"""
+    found = []
+    for (name, rank), lane in lanes.items():
+        if name.startswith("lora") and ("flora", rank) in lanes:
+            times = ratio(lane.steps, lanes["flora", rank].steps)
+            found.append(dict(row="flora", rank=rank, against=name,
+                              **dict(zip(("ratio", "low", "high"), times))))
+    return found
 
 
 @dataclass
@@ -452,7 +455,7 @@ def free_rank(requests, balance):
 
 
 def measured_free_ranks(rows, name):
-    """The ranks at which `name` keeps FREE of the base's tokens/s; None if it has no rows."""
+    """The ranks at which `name` keeps FREE of the base's speed; None if it has no rows."""
     shares = throughput_of(rows, "ratio_to_base")
     shares = {rank: share for (row, rank), share in shares.items() if row == name}
     return [rank for rank, share in shares.items() if share >= FREE] if shares else None

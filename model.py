@@ -223,7 +223,7 @@ class GPT(nn.Module):
         return self.wte(ids) + (wpe.weight[:ids.shape[1]] if positions is None else wpe(positions))
 
     def cache_access(self, x, kv_cache, positions):
-        """The CacheAccess of x [B, T, C] at positions [B, T]; without one of both, prefill."""
+        """The CacheAccess of x [B, T, C] at positions [B, T]; prefill if either is None."""
         if positions is None or kv_cache is None:
             return CacheAccess()
         row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
