@@ -5,18 +5,21 @@
       --ranks 1 2 4 8 16 --request-rate 8               Fig. 2, on one GPU
 
 Every request runs its own adapter, all of one kind and rank. The rows of the table share one model
-and run in turns (round 1 of every row, round 2 of every row, ...) after an untimed warm-up; the
-table has the medians over the rounds.
+and are measured in turns, step by step: each has an engine with a cache and a clock of its own,
+which only its own steps advance, and the row that is furthest behind takes the next step. So all
+rows share the machine's weather, and waiting for an arrival costs no time.
 
-  tokens/s              generated tokens / wall time, from the first arrival to the last token
+  tokens/s              generated tokens / seconds, from the first arrival to the last token
   s per output token    of a request: (its last token read by the host - its arrival) / its new
                         tokens, queueing and prefill included, as in vLLM 0.1.3's benchmark; mean,
                         median and 99th percentile over the requests
   time to first token   of a request: its first token read by the host - its arrival
-  ratio to base         tokens/s of the row / tokens/s of the base row, in the same round
+  ratio to base         how fast the row is beside the base, with its 95 % interval (`ratio`): by
+                        its steps in mode throughput, by seconds per output token in mode latency
 
 Mode throughput: all requests arrive at once. Mode latency: they arrive at random (Poisson), at
---request-rate a second. extras/bench_more.py adds the modes layer and token, and more rows.
+--request-rate a second. extras/bench_more.py adds the modes layer and token, and more rows; with
+--turns rounds whole workloads are timed one after another (extras/bench_rounds.py).
 
 Two predictions stand beside the measured ranks: Eq. 7's inflection rank, up to which FLoRA is
 cheaper than bmm-LoRA, and the free rank, up to which it is as fast as the base (free_rank).
@@ -43,9 +46,9 @@ from plumbing.files import BadInput
 from plumbing.flags import get_device, get_dtype, run_main, set_up
 from plumbing.outputs import write_each, write_json
 from plumbing.registry import extra
-from plumbing.tokenizer import Tokenizer
+from plumbing.timing import measure_limits, seconds, share_of_limits, synchronize
+from plumbing.workload import make_workload
 
-BYTES = 1 << 28   # of the tensors that memory bandwidth is measured with
 FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
 
 
@@ -71,18 +74,18 @@ def materialise(layer):
 
 
 def example(layer):
-    layer.lora = flora.lora_addend
+    layer.add_lora = flora.add_lora
 
 
 def token(layer):
-    layer.lora = lora_per_token
+    layer.add_lora = lora_per_token
 
 
-def lora_per_token(x, rows):
-    """LoRA's addend as an engine computes it that flattens tokens (the paper's baseline): every
+def lora_per_token(y, x, rows):
+    """flora.add_lora as an engine computes it that flattens tokens (the paper's baseline): every
     token carries a copy of its adapter."""
     A, B = (rows[part].expand(*x.shape[:2], -1, -1) for part in ("added_A", "added_B"))
-    return flora.lora_addend(x, dict(added_A=A, added_B=B))
+    return flora.add_lora(y, x, dict(added_A=A, added_B=B))
 
 
 ROWS = {   # by the names that --rows takes
@@ -130,7 +133,7 @@ def install(model, adapters=None, set_up=default):
         plain = flora.AdapterLinear, nn.ModuleDict(), None
         layer.__class__, layer.adapters, layer.frozen_bank = adapters[name] if adapters else plain
         layer.num_adapters = len(layer.adapters)
-        layer.path, layer.lora = "auto", flora.lora_addend
+        layer.path, layer.add_lora = "auto", flora.add_lora
         set_up(layer)
 
 
@@ -163,94 +166,230 @@ def logits_of(model, adapters, way, ids):
     return model(ids, torch.tensor([1, last], device=ids.device)).float()
 
 
-# ------------------------------------------------------------------------------------- the workload
+# ---------------------------------------------------------------------------------------- the turns
 
 
-def synthetic_lengths(n, seed):
-    """n (prompt, output) lengths of 50 to 2,000 tokens together; log-normal, with the means that
-    the paper's ShareGPT sample is known for, about 161 and 338."""
-    rng, lengths = np.random.default_rng(seed), []
-    while len(lengths) < n:
-        prompt, output = np.maximum(1, rng.lognormal([4.588, 5.502], [1.05, 0.9]).astype(int))
-        if 50 <= prompt + output <= 2000:
-            lengths.append((int(prompt), int(output)))
-    return lengths
+class Lane:
+    """One row of the table as it is measured: an engine of its own, and a clock in seconds that only
+    its own steps advance. install() makes the shared model compute as this row does."""
+
+    def __init__(self, engine, num_adapters=0, install=lambda: None):
+        self.engine, self.num_adapters, self.install = engine, num_adapters, install
+        self.steps, self.runs = [], []   # (seconds, whether it ran prompts); metrics of each run
+        self.start()
+
+    def start(self):
+        """Set the clock to 0, for a run."""
+        self.clock, self.taken = 0.0, 0
+        self.times = {}                  # {request: [its arrival, first token, end] by the clock}
 
 
-def make_workload(args, config):
-    """[(prompt ids, number of new tokens)], lengths scaled by --scale."""
-    if args.dataset:
-        tokenizer = None if args.random_weights else Tokenizer(args.weights)
-        more = extra("bench_more", "--dataset")
-        pairs = more.dataset_prompts(args.dataset, args.num_requests, args.seed, tokenizer)
-    else:
-        pairs = synthetic_lengths(args.num_requests, args.seed)
-    rng, workload = np.random.default_rng(args.seed), []
-    for prompt, output in pairs:
-        if isinstance(prompt, int):   # a length alone
-            prompt = rng.integers(0, config.vocab_size, prompt).tolist()
-        length = max(1, round(len(prompt) * args.scale))
-        workload.append((prompt[:length], max(1, round(output * args.scale))))
-    longest = max(len(prompt) + output for prompt, output in workload)
-    if longest > config.n_positions:
-        fits = 0.99 * args.scale * config.n_positions / longest
-        raise BadInput(f"--scale {args.scale}: the longest request has {longest} tokens, more than "
-                       f"the model's context of {config.n_positions}; use --scale {fits:.2g}")
-    return workload
+def timed_step(engine):
+    """One step of an engine -> (what it reports, its seconds)."""
+    start = time.perf_counter()
+    events = engine.step()
+    synchronize(engine.device)
+    return events, time.perf_counter() - start
 
 
-# ---------------------------------------------------------------------------------------- measuring
+def take_turn(lane, workload, arrivals, timed):
+    """Submit what has arrived by the lane's clock, and take a step. False when all has ended."""
+    lane.install()
+    while len(lane.times) < len(workload) and arrivals[len(lane.times)] <= lane.clock:
+        i = len(lane.times)
+        prompt, output = workload[i]
+        adapter_id = 1 + i % lane.num_adapters if lane.num_adapters else flora.BASE
+        request = lane.engine.submit(prompt, adapter_id=adapter_id, max_new_tokens=output)
+        lane.times[request] = [arrivals[i], None, None]
+    if not lane.engine.busy:
+        if len(lane.times) == len(workload):
+            return False
+        lane.clock = arrivals[len(lane.times)]
+        return True
+    waiting = len(lane.engine.waiting)
+    events, seconds = timed(lane.engine)
+    lane.clock, lane.taken = lane.clock + seconds, lane.taken + 1
+    lane.steps.append((seconds, len(lane.engine.waiting) < waiting))
+    for request, ids in events:
+        times = lane.times[request]
+        times[1] = lane.clock if ids and times[1] is None else times[1]
+        times[2] = lane.clock
+    return True
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def run_in_turns(lanes, workload, arrivals, timed=timed_step):
+    """Serve the workload once by each of `lanes`, in turns; request i arrives at arrivals[i]. Where
+    all arrive at once all rows take the same steps, and the one with the fewest takes the next."""
+    at_once = arrivals[-1] == 0
+    for lane in lanes:
+        lane.start()
+    live = list(lanes)
+    while live:
+        lane = min(live, key=lambda lane: lane.taken if at_once else lane.clock)
+        if not take_turn(lane, workload, arrivals, timed):
+            live.remove(lane)
+    for lane in lanes:
+        lane.runs.append(metrics(lane, arrivals[0]))
 
 
-def seconds(f, device, repeats=7):
-    """Median seconds of f(), called often enough for a clock; untimed first calls warm up."""
-    def timed(calls):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            f()
-        synchronize(device)
-        return (time.perf_counter() - start) / calls
-
-    timed(2)
-    calls = max(1, min(100, int(0.01 / max(timed(1), 1e-6))))
-    return float(np.median([timed(calls) for _ in range(repeats)]))
+def seconds_per_token(lane):
+    """Of each request, in their order of arrival."""
+    return [(end - arrival) / len(r.ids) for r, (arrival, _, end) in lane.times.items()]
 
 
-@torch.inference_mode()
-def measure_limits(device, dtype):
-    """The device's bytes/s (the better of a copy and a sum) and FLOP/s (of a large matmul)."""
-    a = torch.ones(BYTES // dtype.itemsize, dtype=dtype, device=device)
-    b = torch.empty_like(a)
-    copied = 2 * BYTES / seconds(lambda: b.copy_(a), device)
-    summed = BYTES / seconds(lambda: a.sum(), device)
-    n = 8192 if device.type == "cuda" else 1024
-    square = torch.randn(n, n, device=device).to(dtype)
-    return max(copied, summed), 2 * n**3 / seconds(lambda: square @ square, device)
+def metrics(lane, first_arrival):
+    """What is measured of one run of a lane, as explained above."""
+    for request in lane.times:
+        if request.error:
+            raise RuntimeError(request.error)
+    tokens = sum(len(request.ids) for request in lane.times)
+    found = dict(tokens_per_second=tokens / (lane.clock - first_arrival))
+    first_tokens = [first - arrival for arrival, first, _ in lane.times.values()]
+    for name, values in [("seconds_per_output_token", seconds_per_token(lane)),
+                         ("time_to_first_token", first_tokens)]:
+        p50, p99 = np.percentile(values, [50, 99])
+        found |= {f"{name}_mean": np.mean(values), f"{name}_p50": p50, f"{name}_p99": p99}
+    return found
 
 
-@torch.inference_mode()
-def share_of_limits(model, slots, bandwidth, flops):
-    """Both limits, and the base's share of them in decoding and in prefilling `slots` requests."""
-    device, T = model.wte.weight.device, min(256, model.config.n_positions // 2)
-    ids = torch.zeros(slots, T, dtype=torch.int64, device=device)
-    cache, position = model.new_kv_cache(slots, T + 1), torch.full((slots, 1), T, device=device)
-    decode = seconds(lambda: model(ids[:, :1], None, cache, position), device)
-    prefill = seconds(lambda: model.hidden(ids, None, cache[:, :, :, :, :T]), device)
-    weights = [layer.weight for _, layer in flora.adapter_layers(model)]
-    read = [*weights, model.wte.weight, cache]   # wte is the output's matrix, or as large
-    decode_bytes = sum(tensor.numel() * tensor.element_size() for tensor in read)
-    prefill_flops = 2 * slots * T * sum(weight.numel() for weight in weights)
-    return dict(bandwidth_gb_s=bandwidth / 1e9, matmul_gflop_s=flops / 1e9,
-                decode_batch=slots, decode_ms=1e3 * decode,
-                decode_share_of_bandwidth=decode_bytes / decode / bandwidth,
-                prefill_tokens=slots * T, prefill_ms=1e3 * prefill,
-                prefill_share_of_matmul=prefill_flops / prefill / flops)
+def ratio(base, row, block=16, resamples=1000):
+    """How many times as fast as `base` a row is, from the seconds of the same steps of both, lists
+    of (seconds, whether it ran prompts) -> (ratio, low, high), of which the last two hold 95 %.
+
+    Steps that ran prompts and steps that only decoded count by the median of their paired ratios
+    and by their share of the base's time, so that single slow steps count for little. The interval
+    is that of a bootstrap over blocks of neighbouring steps, which share the machine's weather
+    (Carlstein, 1986; Künsch, 1989).
+    """
+    (base, prompts), (row, _) = np.transpose(base), np.transpose(row)
+    paired, rng = base / row, np.random.default_rng(0)
+
+    def over(steps):
+        kinds = [steps[prompts[steps] == kind] for kind in (0, 1)]
+        seconds = [base[kind].sum() / np.median(paired[kind]) for kind in kinds if len(kind)]
+        return base[steps].sum() / sum(seconds)
+
+    every = np.arange(len(base))
+    blocks = np.array_split(every, max(1, len(base) // block))
+    drawn = [over(np.concatenate([blocks[i] for i in rng.integers(0, len(blocks), len(blocks))]))
+             for _ in range(resamples)]
+    return over(every), *np.percentile(drawn, [2.5, 97.5])
+
+
+def pairs_of(lane, rate):
+    """What `ratio` compares of a lane: its steps, or in mode latency its last run's requests."""
+    return lane.steps if rate is None else [(t, False) for t in seconds_per_token(lane)]
+
+
+def result_row(bench, variant, lanes, mode, rate, warm_up):
+    """One row of the results, from its lane and the base's."""
+    (name, rank), lane = variant, lanes[variant]
+    block = 16 if rate is None else 4
+    found, low, high = ratio(pairs_of(lanes["base", None], rate), pairs_of(lane, rate), block)
+    speeds = [run["tokens_per_second"] for run in lane.runs]
+    steps = {kind: [t for t, prompts in lane.steps if prompts == kind] for kind in (False, True)}
+    medians = {metric: float(np.median([run[metric] for run in lane.runs]))
+               for metric in lane.runs[0]}
+    return medians | dict(
+        method=bench.rows[name].kind or "base", baseline=name, what=bench.rows[name].what,
+        rank=rank, mode=mode, request_rate=rate, rounds=len(lane.runs), warm_up_seconds=warm_up,
+        tokens_per_second_min=min(speeds), tokens_per_second_max=max(speeds),
+        ratio_to_base=found, ratio_to_base_low=low, ratio_to_base_high=high,
+        decoding_step_seconds=float(np.median(steps[False])) if steps[False] else None,
+        prefill_step_seconds=float(np.median(steps[True])), steps=len(lane.steps))
+
+
+def compare(lanes, rate=None):
+    """[FLoRA beside each LoRA of its rank, with the interval of their ratio]"""
+    return [dict(row="flora", rank=rank, against=name, **dict(zip(
+                ("ratio", "low", "high"), ratio(pairs_of(lane, rate), pairs_of(mine, rate)))))
+            for (name, rank), lane in lanes.items() if name.startswith("lora")
+            for mine in [lanes.get(("flora", rank))] if mine]
+
+
+@dataclass
+class Bench:
+    """One run of this program: what it measures, with what, and what it found."""
+    args: argparse.Namespace
+    model: GPT
+    workload: list    # of make_workload
+    rows: dict        # of find_rows
+    variants: list    # (name of a row, rank), which are timed in turns
+    sets: dict        # of make_adapter_sets
+    result: dict      # what is written as JSON
+
+    def __post_init__(self):
+        weight = self.model.wte.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.panels = {mode: PANELS[mode] for mode in ("throughput", "latency")
+                       if mode in self.args.mode}
+
+    def install(self, variant):
+        """Make the model compute as a row at a rank does; -> the number of adapters."""
+        name, rank = variant
+        row = self.rows[name]
+        install(self.model, self.sets.get((row.kind, rank)), row.set_up)
+        return self.args.num_adapters if row.kind else 0
+
+
+def make_lanes(bench, shared_cache=False):
+    """{variant: its Lane}, {variant: seconds that it took to serve a few requests, untimed}.
+    shared_cache: one KV cache for all, of rows that do not run in turns."""
+    args, lanes, warm_up = bench.args, {}, {}
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 8 * len(bench.variants)
+    length = max(len(prompt) + output for prompt, output in bench.workload)
+    few = bench.workload[:args.slots]
+    for variant in tqdm(bench.variants, desc="warm-up", unit="row"):
+        num_adapters, start = bench.install(variant), time.perf_counter()
+        engine = new_engine(bench.model, args.slots, args.compile, length=length)
+        lanes[variant] = Lane(engine, num_adapters, partial(bench.install, variant))
+        if shared_cache:
+            engine.kv_cache = lanes["base", None].engine.kv_cache
+        while take_turn(lanes[variant], few, [0.0] * len(few), timed_step):
+            pass
+        warm_up[variant] = time.perf_counter() - start
+    if args.compile:
+        print("warm-up with compilation: " + ", ".join(
+            f"{name} {rank or ''} {t:.1f} s" for (name, rank), t in warm_up.items()))
+    return lanes, warm_up
+
+
+def bench_serving(bench):
+    """Modes throughput and latency -> rows of the results."""
+    args, results = bench.args, []
+    lanes, warm_up = make_lanes(bench)
+
+    def rows_of(mode, rate, runs, budget, arrivals):
+        for lane in lanes.values():
+            lane.steps, lane.runs = [], []
+            lane.engine.max_batched_tokens = args.max_batched_tokens or budget
+            if rate is not None:
+                lane.engine.sync_every = 1   # so that a first token is seen when it is there
+        label = mode if rate is None else f"{mode}, {rate:.3g} requests/s"
+        for _ in tqdm(range(runs), desc=label, unit="run"):
+            run_in_turns(lanes.values(), bench.workload, arrivals)
+        return [result_row(bench, v, lanes, mode, rate, warm_up[v]) for v in bench.variants]
+
+    at_once = np.zeros(len(bench.workload))
+    if "throughput" in args.mode:
+        results += rows_of("throughput", None, args.repeats, 8192, at_once)
+        bench.result["ratios"] = compare(lanes)
+    if "latency" not in args.mode:
+        return results
+    if not args.request_rate:
+        run_in_turns([lanes["base", None]], bench.workload, at_once)
+        new_tokens = np.mean([output for _, output in bench.workload])
+        capacity = lanes["base", None].runs[-1]["tokens_per_second"] / new_tokens   # requests/s
+        args.request_rate = [float(f"{share * capacity:.2g}") for share in (0.5, 1.5)]
+    for rate in args.request_rate:
+        rng = np.random.default_rng(args.seed)
+        arrivals = rng.exponential(1 / rate, len(bench.workload)).cumsum()
+        results += rows_of("latency", rate, 1, 2560, arrivals)
+    return results
+
+
+# ------------------------------------------------------------------------------- the two predictions
 
 
 def benched_layer(model):
@@ -268,7 +407,8 @@ def predict_inflection(layer, b, l, device, dtype):
     x = torch.randn(b, l, d, device=device).to(dtype)
     A = torch.randn(b, 1, k, device=device).to(dtype)
     B = torch.randn(b, d, 1, device=device).to(dtype)
-    c1 = seconds(lambda: flora.lora_bmm(x, A, B), device) / (b * l * (d + k))
+    y = torch.zeros(b, l, k, device=device, dtype=dtype)
+    c1 = seconds(lambda: flora.lora_bmm(y, x, A, B), device) / (b * l * (d + k))
     c2 = seconds(lambda: layer.product(x), device) / (b * l * d * k)
     return dict(batch=b, tokens=l, d=d, k=k, c1=c1, c2=c2,
                 inflection_rank=flora.inflection_rank(c1, c2, d, k))
@@ -289,6 +429,14 @@ def measured_inflection(rows, lora):
             share = (ratios[i - 1] - 1) / (ratios[i - 1] - ratios[i])
             return ranks[i - 1] + share * (ranks[i] - ranks[i - 1])
     return float("inf")
+
+
+def told_apart(ratios, lora):
+    """(the last rank at which FLoRA is ahead of `lora` by more than the interval of `compare`, or 0;
+    the first at which `lora` is ahead of FLoRA, or infinity)"""
+    mine = [r for r in ratios if r["against"] == lora]
+    return (max((r["rank"] for r in mine if r["low"] > 1), default=0),
+            min((r["rank"] for r in mine if r["high"] < 1), default=float("inf")))
 
 
 def throughput_of(rows, key="tokens_per_second"):
@@ -320,144 +468,11 @@ def predict(bench, bandwidth, flops):
     floras = [name for name in ran if bench.rows[name].kind == "flora"]
     return dict(
         eq7=dict(predicted=predict_inflection(layer, slots, 1, bench.device, bench.dtype),
-                 measured={name: measured_inflection(results, name) for name in loras}),
+                 measured={name: measured_inflection(results, name) for name in loras},
+                 told_apart={name: told_apart(bench.result.get("ratios", []), name)
+                             for name in loras}),
         free_rank=dict(requests=slots, balance=balance, predicted=free_rank(slots, balance),
                        measured={name: measured_free_ranks(results, name) for name in floras}))
-
-
-def serve(engine, workload, num_adapters, arrivals=None):
-    """Run the workload: request i arrives at arrivals[i] seconds (None: all at once) with adapter
-    1 + i % num_adapters (0: the base model). -> the metrics of one run, as explained above."""
-    arrivals = np.zeros(len(workload)) if arrivals is None else arrivals
-    requests, start = [], time.perf_counter()
-    while engine.busy or len(requests) < len(workload):
-        now = time.perf_counter() - start
-        while len(requests) < len(workload) and arrivals[len(requests)] <= now:
-            i = len(requests)
-            prompt, output = workload[i]
-            adapter_id = 1 + i % num_adapters if num_adapters else flora.BASE
-            request = engine.submit(prompt, adapter_id=adapter_id, max_new_tokens=output)
-            request.arrived = start + arrivals[i]
-            requests.append(request)
-        if engine.busy:
-            engine.step()
-        else:
-            time.sleep(max(0.0, arrivals[len(requests)] - now))
-    synchronize(engine.device)
-    return metrics(requests, time.perf_counter() - start - arrivals[0])
-
-
-def metrics(requests, wall):
-    """What is measured of requests that ran in `wall` seconds."""
-    for request in requests:
-        if request.error:
-            raise RuntimeError(request.error)
-    found = dict(tokens_per_second=sum(len(r.ids) for r in requests) / wall)
-    for name, values in [
-            ("seconds_per_output_token", [(r.ended - r.arrived) / len(r.ids) for r in requests]),
-            ("time_to_first_token", [r.first_token - r.arrived for r in requests])]:
-        p50, p99 = np.percentile(values, [50, 99])
-        found |= {f"{name}_mean": np.mean(values), f"{name}_p50": p50, f"{name}_p99": p99}
-    return found
-
-
-def in_turns(rows, variants, mode, rate, repeats, run, warm_up):
-    """run(variant) -> metrics, in `repeats` rounds of all variants, every other one in reverse
-    order -> rows of the results. variants: (name, rank) pairs, the base among them."""
-    rounds = {variant: [] for variant in variants}
-    label = mode if rate is None else f"{mode}, {rate:.3g} requests/s"
-    for r in tqdm(range(repeats), desc=label, unit="round"):
-        for variant in variants if r % 2 == 0 else reversed(variants):
-            rounds[variant].append(run(variant))
-    results, base = [], rounds["base", None]
-    for (name, rank), found in rounds.items():
-        row = rows[name]
-        result = dict(method=row.kind or "base", baseline=name, what=row.what, rank=rank, mode=mode,
-                      request_rate=rate, rounds=repeats, warm_up_seconds=warm_up[name, rank])
-        for metric in found[0]:
-            result[metric] = float(np.median([m[metric] for m in found]))
-        speeds = np.array([m["tokens_per_second"] for m in found])
-        ratios = speeds / [m["tokens_per_second"] for m in base]
-        results.append(result | dict(tokens_per_second_min=float(speeds.min()),
-                                     tokens_per_second_max=float(speeds.max()),
-                                     ratio_to_base=float(np.median(ratios))))
-    return results
-
-
-@dataclass
-class Bench:
-    """One run of this program: what it measures, with what, and what it found."""
-    args: argparse.Namespace
-    model: GPT
-    workload: list    # of make_workload
-    rows: dict        # of find_rows
-    variants: list    # (name of a row, rank), which are timed in turns
-    sets: dict        # of make_adapter_sets
-    result: dict      # what is written as JSON
-
-    def __post_init__(self):
-        weight = self.model.wte.weight
-        self.device, self.dtype = weight.device, weight.dtype
-        self.panels = {mode: PANELS[mode] for mode in PANELS if mode in self.args.mode}
-
-    def install(self, variant):
-        """Make the model compute as a row at a rank does; -> the number of adapters."""
-        name, rank = variant
-        row = self.rows[name]
-        install(self.model, self.sets.get((row.kind, rank)), row.set_up)
-        return self.args.num_adapters if row.kind else 0
-
-
-def start_engines(bench):
-    """{variant: its engine}, {variant: seconds that it took to serve a few requests, untimed}."""
-    args, engines, warm_up = bench.args, {}, {}
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 8 * len(bench.variants)
-    length = max(len(prompt) + output for prompt, output in bench.workload)
-    for variant in tqdm(bench.variants, desc="warm-up", unit="row"):
-        num_adapters = bench.install(variant)
-        engine = engines[variant] = new_engine(bench.model, args.slots, args.compile, length=length)
-        engine.kv_cache = engines["base", None].kv_cache   # one for all: they run in turns
-        start = time.perf_counter()
-        serve(engine, bench.workload[:args.slots], num_adapters)
-        warm_up[variant] = time.perf_counter() - start
-    if args.compile:
-        print("warm-up with compilation: " + ", ".join(
-            f"{name} {rank or ''} {t:.1f} s" for (name, rank), t in warm_up.items()))
-    return engines, warm_up
-
-
-def bench_serving(bench):
-    """Modes throughput and latency -> rows of the results."""
-    args, results = bench.args, []
-    engines, warm_up = start_engines(bench)
-
-    def run(variant, budget=8192, arrivals=None):
-        num_adapters, engine = bench.install(variant), engines[variant]
-        engine.max_batched_tokens = args.max_batched_tokens or budget
-        if arrivals is not None:
-            engine.sync_every = 1   # so that a first token is seen when it is there
-        return serve(engine, bench.workload, num_adapters, arrivals)
-
-    def rows_of(mode, rate, repeats, run):
-        return in_turns(bench.rows, bench.variants, mode, rate, repeats, run, warm_up)
-
-    if "throughput" in args.mode:
-        results += rows_of("throughput", None, args.repeats, run)
-    if "latency" not in args.mode:
-        return results
-    if not args.request_rate:
-        new_tokens = np.mean([output for _, output in bench.workload])
-        capacity = run(("base", None))["tokens_per_second"] / new_tokens   # requests a second
-        args.request_rate = [float(f"{share * capacity:.2g}") for share in (0.5, 1.5)]
-    for rate in args.request_rate:
-        rng = np.random.default_rng(args.seed)
-        arrivals = rng.exponential(1 / rate, len(bench.workload)).cumsum()
-        results += rows_of("latency", rate, 1, lambda variant: run(variant, 2560, arrivals))
-    return results
-
-
-# --------------------------------------------------------------------------------- table and figure
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -538,20 +553,24 @@ def write(bench):
 def main():
     args = parse_args()
     if args.plot:
-        png = args.png or os.path.join("figures", "fig3.png")
+        png = args.png or os.path.join("out", "fig3.png")
         return extra("bench_more", "--plot").draw_together(args.plot, png)
     bench_flags.find_outputs(args)
     more = [extra("bench_more", f"--mode {mode}").MODES[mode]
             for mode in ("layer", "token") if mode in args.mode]
     bench = prepare(args)
     bandwidth, flops = measure_limits(bench.device, bench.dtype)
-    bench.result["limits"] = share_of_limits(bench.model, args.slots, bandwidth, flops)
+    weights = [layer.weight for _, layer in flora.adapter_layers(bench.model)]
+    bench.result["limits"] = share_of_limits(bench.model, weights, args.slots, bandwidth, flops)
     print(f"limits: {json.dumps(bench.result['limits'])}", flush=True)
     rows = bench.result["rows"] = []
     for bench_mode in more:
         rows += bench_mode(bench)
-    if PANELS.keys() & args.mode:
-        served = bench_serving(bench)
+    if bench.panels:
+        serving = bench_serving
+        if args.turns == "rounds":
+            serving = extra("bench_rounds", "--turns rounds").bench_serving
+        served = serving(bench)
         rows += served
         print_table(served)
     bench.result |= predict(bench, bandwidth, flops)

@@ -32,17 +32,20 @@ BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
 # ------------------------------------------------------------------------------- 1 the equations
 
 
-def flora_expand(x, times_W0, A, B):
-    """Eq. 6: Y = A ∘ ((B ∘ X) W0). One shared matmul of r rows per token, no bmm.
+def flora_expand(x, times_W0, A, B, bias=None):
+    """Eq. 6: Y = A ∘ ((B ∘ X) W0), and a bias. One shared matmul of r rows per token, no bmm.
 
-    x [..., d], A [..., r, k], B [..., r, d] -> [..., k] in the wider of A's and x's dtype.
-    times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold each token's own
-    adapter, as rows. For r > 1 the paper takes a mean over the r components; here it is a sum,
-    since FLoRA.scale has divided A by r: so one batch may pad several ranks with zeros.
+    x [..., d], A [..., r, k], B [..., r, d], bias [k] or [..., k] -> [..., k] in the widest dtype of
+    A, x and bias. times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold each
+    token's own adapter, as rows. For r > 1 the paper takes a mean over the r components; here it is
+    a sum, since FLoRA.scale has divided A by r: so one batch may pad several ranks with zeros.
     """
     BX = (B * x.unsqueeze(-2)).to(x.dtype)                   # [..., r, d]
-    Y = A * times_W0(BX)                                     # [..., r, k]
-    return Y.sum(-2) if Y.shape[-2] > 1 else Y.squeeze(-2)   # [..., k]; a sum of one would copy
+    XW = times_W0(BX)                                        # [..., r, k]
+    if A.shape[-2] == 1 and bias is not None:                # A ∘ XW + bias by one operator
+        return torch.addcmul(bias.unsqueeze(-2), A, XW).squeeze(-2)
+    Y = (A * XW).sum(-2)                                     # [..., k]
+    return Y if bias is None else Y + bias
 
 
 def flora_materialise(x, W0, A, B):
@@ -54,13 +57,14 @@ def flora_materialise(x, W0, A, B):
     return (x @ (W0 * delta_W).to(x.dtype)).to(x.dtype)   # the last cast is for autocast
 
 
-def lora_bmm(x, A, B):
-    """App. B.1: the addend of Eq. 1, (x B) A, one adapter per example, by two torch.bmm.
+def lora_bmm(y, x, A, B):
+    """App. B.1: y + (x B) A, the addend of Eq. 1, one adapter per example, by two torch.bmm, of
+    which the second adds y.
 
-    x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k] in x's dtype.
+    y [b, T, k], x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k].
     """
-    XB = torch.bmm(x, B.to(x.dtype))                      # [b, T, r]
-    return torch.bmm(XB, A.to(x.dtype))                   # [b, T, k]
+    XB = torch.bmm(x, B.to(x.dtype))                                # [b, T, r]
+    return torch.baddbmm(y, XB.to(y.dtype), A.to(y.dtype))          # [b, T, k]
 
 
 def inflection_rank(c1, c2, d, k):
@@ -84,15 +88,15 @@ ESTIMATED_COST = 1024
 def choose_path(x, rank, ids):
     """"expand" (Eq. 6) or "materialise" (Eq. 4) for x [b, T, d], whichever takes fewer matmul rows.
 
-    An adapter with n tokens costs rank * n rows expanded, n and MATERIALISE_COST materialised.
+    An adapter with n tokens costs rank * n rows expanded, n and the cost above materialised.
     Decoding (T = 1) always expands: counting distinct ids would make a GPU wait for the host.
     """
     b, T, _ = x.shape
+    if T == 1 or rank == 1:
+        return "expand"
     cost = MATERIALISE_COST.get((x.device.type, x.dtype.itemsize), ESTIMATED_COST)
-    extra_rows = (rank - 1) * b * T
-    if T > 1 and extra_rows > cost and extra_rows / len(ids.unique()) > cost:   # of each adapter
-        return "materialise"
-    return "expand"
+    more = (rank - 1) * b * T   # rows, of all adapters
+    return "materialise" if more > cost and more / len(ids.unique()) > cost else "expand"
 
 
 # -------------------------------------------------------------------- 2 what one projection learns
@@ -280,12 +284,11 @@ class Rows:
 NO_ROWS = Rows(Bank(None, None, None, None, None), torch.zeros(1, dtype=torch.int64))
 
 
-def lora_addend(x, rows):
-    """LoRA's addend, an adapter per example or per token: x [b, T, d] -> [b, T, k]."""
-    A, B = rows["added_A"], rows["added_B"]                  # [b, n, r, k or d], n being 1 or T
-    b, T, d = x.shape
-    x = x.reshape(b * A.shape[1], -1, d)                     # [b n, T / n, d]
-    return lora_bmm(x, A.flatten(0, 1), B.flatten(0, 1).mT).view(b, T, -1)
+def add_lora(y, x, rows):
+    """y + LoRA's addend, an adapter per example or per token: y [b, T, k], x [b, T, d]."""
+    A, B = rows["added_A"].flatten(0, 1), rows["added_B"].flatten(0, 1)      # [n, r, k or d]
+    y_rows, x_rows = (z.reshape(len(A), -1, z.shape[-1]) for z in (y, x))    # [n, b T / n, k or d]
+    return lora_bmm(y_rows, x_rows, A, B.mT).view(y.shape)
 
 
 class AdapterLinear(nn.Linear):
@@ -295,7 +298,7 @@ class AdapterLinear(nn.Linear):
     without one here runs the base layer.
     """
     form = None                         # W0 as nn.Linear holds it; or another form (extras/int8.py)
-    lora = staticmethod(lora_addend)    # how LoRA's addend is computed: (x, rows) -> [b, T, k]
+    add_lora = staticmethod(add_lora)   # how LoRA's addend is added: (y, x, rows) -> [b, T, k]
     path = "auto"                       # how FLoRA is: see set_path
 
     def __init__(self, in_features, out_features, bias=True):
@@ -312,7 +315,7 @@ class AdapterLinear(nn.Linear):
         rows = (adapters or {}).get(self, NO_ROWS)
         y = self.scaled(x, rows)
         if rows.bank.added_A is not None:
-            y = y + self.lora(x, rows)
+            y = self.add_lora(y, x, rows)
         return y.to(x.dtype)
 
     def product(self, x, bias=None, lo=0, hi=None):
@@ -332,27 +335,30 @@ class AdapterLinear(nn.Linear):
             return self.product(x, self.bias)
         rank, columns = bank.scale_A.shape[1:]
         path = choose_path(x, rank, rows.ids) if self.path == "auto" else self.path
-        y = PATHS[path](self, x, rows)
-        if columns < self.out_features:   # the last columns, which no adapter of this layer touches
-            y = torch.cat([y, self.product(x, lo=columns).to(y.dtype)], dim=-1)
         bias = self.bias if bank.bias is None else rows["bias"]
+        if columns == self.out_features:
+            return PATHS[path](self, x, rows, bias)
+        # the last columns, which no adapter of this layer touches
+        y = PATHS[path](self, x, rows, None)
+        y = torch.cat([y, self.product(x, lo=columns).to(y.dtype)], dim=-1)
         return y if bias is None else y + bias
 
-    def expanded(self, x, rows):
-        """Eq. 6: x [b, T, d] -> [b, T, columns]."""
+    def expanded(self, x, rows, bias):
+        """Eq. 6 + bias: x [b, T, d] -> [b, T, columns]."""
         A, B = rows["scale_A"], rows["scale_B"]                              # [b, 1 or T, R, ...]
-        return flora_expand(x, lambda BX: self.product(BX, hi=A.shape[-1]), A, B)
+        return flora_expand(x, lambda BX: self.product(BX, hi=A.shape[-1]), A, B, bias)
 
-    def materialised(self, x, rows):
-        """Eq. 4, one distinct adapter after another: x [b, T, d] -> [b, T, columns]."""
+    def materialised(self, x, rows, bias):
+        """Eq. 4 + bias, one distinct adapter after another: x [b, T, d] -> [b, T, columns]."""
         A, B, ids = rows.bank.scale_A, rows.bank.scale_B, rows.ids.expand(x.shape[:2])
         W0, distinct = self.W0()[:, :A.shape[2]], ids.unique()
         if len(distinct) == 1:   # as in training: no copies of x and y
-            return flora_materialise(x, W0, select(A, distinct[0]), select(B, distinct[0]))
-        y = x.new_empty(*x.shape[:2], A.shape[2])
-        for i in distinct:
-            y[ids == i] = flora_materialise(x[ids == i], W0, select(A, i), select(B, i))
-        return y
+            y = flora_materialise(x, W0, select(A, distinct[0]), select(B, distinct[0]))
+        else:
+            y = x.new_empty(*x.shape[:2], A.shape[2])
+            for i in distinct:
+                y[ids == i] = flora_materialise(x[ids == i], W0, select(A, i), select(B, i))
+        return y if bias is None else y + bias
 
     def in_rows(self, ids=None):
         """The Adapter of each row of a bank, NO_ADAPTER where this layer has none. ids: which
@@ -514,13 +520,13 @@ def merge_adapter(model, adapter_id):
         adapter.merge(model, layer)
     for _, layer in adapter_layers(model):
         layer.adapters, layer.num_adapters, layer.frozen_bank = nn.ModuleDict(), 0, None
-    vars(model).pop("fingerprint", None)   # another base now
+    vars(model).pop("fingerprints", None)   # another base now
 
 
 def save_adapter(model, adapter_id, file, training=None):
     """Write one adapter as safetensors: its float32 tensors, and as metadata its kind, rank,
     targets, alpha, its base model's fingerprint and `training`, a JSON-able summary."""
-    write_adapter(file, adapters_of(model, adapter_id), model.fingerprint, training)
+    write_adapter(file, model, adapters_of(model, adapter_id), training)
 
 
 def load_adapter(model, file):

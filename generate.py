@@ -25,9 +25,8 @@ from plumbing.flags import get_device, get_dtype, run_main, set_up
 from plumbing.generate_flags import parse_args
 from plumbing.outputs import JSON, check_writable
 from plumbing.prompts import TextPrinter, encode_prompts, read_prompts, report_texts, stop_check
-from plumbing.registry import extra
-from plumbing.requests import (DIVERGED, as_list, check_request, fits_in_memory, refuse_failed,
-                               start_token)
+from plumbing.registry import extra, is_blend
+from plumbing.requests import DIVERGED, complete_request, fits_in_memory, refuse_failed
 from plumbing.tokenizer import Tokenizer
 
 
@@ -43,9 +42,10 @@ def sample(logits, temperature, top_k, top_p, u):
     greedy = logits.argmax(-1)
     scaled = logits.float() / temperature.clamp(min=1e-6)[:, None]
     probs, order = scaled.softmax(-1).sort(descending=True)              # [B, vocab]
-    before = probs.cumsum(-1) - probs                                    # mass of likelier tokens
-    ranks = torch.arange(probs.shape[-1], device=logits.device)
-    keep = (before < top_p[:, None]) & ((ranks < top_k[:, None]) | (top_k[:, None] == 0))
+    ranks, top_k = torch.arange(probs.shape[-1], device=logits.device), top_k[:, None]
+    probs = probs * ((ranks < top_k) | (top_k == 0))
+    mass = probs.cumsum(-1)                                              # of it top-p takes a share
+    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by the likelier tokens' mass
     keep[:, 0] = True
     mass = (probs * keep).cumsum(-1)
     choice = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)   # inverse of the CDF
@@ -68,8 +68,7 @@ class Request:
     top_k: int = 0                # 0 keeps all
     top_p: float = 1.0
     seed: int = 0                 # the same request draws the same tokens, whatever runs beside it
-    eos_id: int | list | None = None   # one or several (once submitted, a list): ends the request,
-    #                                    which then includes it
+    eos_id: int | list | None = None   # one or several: ends the request, which then includes it
     stopped: object = None        # stopped(new ids) -> True ends it; asked for each token
 
     ids: list = field(default_factory=list)   # the new ids so far
@@ -139,18 +138,15 @@ class Engine:
         One that cannot run fails alone: it comes back with `error` set, and step() reports it like
         any other that has ended.
         """
-        request = Request(list(prompt) or [start_token(self.model.config)], **settings)
-        request.arrived, request.eos_id = time.perf_counter(), as_list(request.eos_id)
+        request = Request(list(prompt), **settings)
+        request.arrived = time.perf_counter()
         try:
-            check_request(request, self.length, self.model.config)
+            complete_request(request, self.length, self.model.config)
             if request.adapter_id != BASE:
                 flora.adapters_of(self.model, request.adapter_id)
+            self.waiting.append(request)
         except BadInput as e:
             self.fail(request, str(e))
-        else:
-            room = max(1, self.length - len(request.prompt))   # a token follows a full context too
-            request.max_new_tokens = min(request.max_new_tokens, room)
-            self.waiting.append(request)
         return request
 
     def cancel(self, request):
@@ -333,10 +329,7 @@ class Engine:
 
 
 def new_engine(model, slots=8, compile=False, **settings):
-    """An Engine(model, slots, **settings); on CUDA and with compile=True that of extras/graphs.py.
-
-    compile: decode with torch.compile. CUDA without extras/ has the plain one.
-    """
+    """An Engine(model, slots, **settings); on CUDA and with compile=True that of extras/graphs.py."""
     if compile:
         return extra("graphs", "--compile").GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":
@@ -351,9 +344,7 @@ def row_seed(seed, row):
 
 
 def submit_batch(model, rows, max_new_tokens=64, seed=0, **settings):
-    """An Engine that runs all `rows` at once, and their Requests.
-
-    rows: a dict of Request's fields for each (prompt, adapter_id). settings: those of all."""
+    """An Engine that runs all `rows`, dicts of Request's fields, at once, and their Requests."""
     length = max(1, *(len(row["prompt"]) for row in rows)) + max_new_tokens
     engine = new_engine(model, len(rows), length=length, sync_every=1)
     return engine, [engine.submit(**row, max_new_tokens=max_new_tokens, seed=row_seed(seed, i),
@@ -387,10 +378,12 @@ def load_model(args):
 
 
 def load_adapters(model, names):
-    """{name: adapter id} of adapter files and "none"; stacked into the bank."""
+    """{name: adapter id} of adapter files, blends (extras/blend.py) and "none"; stacked for use."""
     loaded = {"none": BASE}
     for name in names:
-        if name not in loaded:
+        if name not in loaded and is_blend(name):
+            loaded[name] = extra("blend", f"--adapter '{name}'").load(model, name, loaded)
+        elif name not in loaded:
             loaded[name] = flora.load_adapter(model, name)
     flora.freeze_bank(model)
     return loaded

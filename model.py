@@ -7,6 +7,7 @@ in extras/ (llama.py) and are found by their config.json's model_type.
 
 Shapes: B batch, T tokens, S cached tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -281,35 +282,32 @@ class GPT(nn.Module):
 
     def pack(self):
         """Serve with packed weights where that is faster (extras/packed.py); not for training."""
-        try:
+        with suppress(BadInput):   # without extras/ the product stays plain
             extra("packed", "packing").pack(self)
-        except BadInput:   # without extras/ the product stays plain
-            pass
 
     def base_parameters(self):
         """{name: parameter} of the base model, adapters left out."""
         return {name: p for name, p in self.named_parameters() if ".adapters." not in name}
 
     @cached_property
+    def fingerprints(self):
+        """From its weights as they were stored: the fingerprint, and that of older adapter files."""
+        return folders.fingerprints(self.base_parameters())
+
+    @property
     def fingerprint(self):
-        """16 hexadecimal digits that tell this base model from others, from its weights as they
-        were stored, so that a load in another dtype keeps it."""
-        return folders.fingerprint(self.base_parameters())
+        """16 hexadecimal digits that tell this base model from others, whatever its dtype now."""
+        return self.fingerprints[0]
 
     @staticmethod
     def from_pretrained(folder, device="cpu", dtype=torch.float32):
         """Load a Hugging Face folder of StarCoder's family, or of one in extras/, in `dtype`.
-
-        Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
-        """
+        BadInput names the file or key that is missing, misshaped or not supported."""
         return folders.load(folder, read_config(folder), model_from_config, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json and model.safetensors that Hugging Face transformers opens.
-
-        dtype: the stored one (None keeps the model's). Adapters are not written: merge one first,
-        or use flora.save_adapter.
-        """
+        """Write config.json and model.safetensors that Hugging Face transformers opens, in `dtype`
+        (None: the model's). Adapters are not written: merge one first, or flora.save_adapter."""
         folders.save(self, folder, dtype)
 
 
@@ -337,9 +335,5 @@ def preset(name):
     """The GPTConfig of a published size: of PRESETS, or of another family's in extras/."""
     sentence = (f"--model {name}: unknown; use one of {', '.join(PRESETS)}, "
                 "or one of extras/llama.py's")
-    known = PRESETS
-    if name not in known:
-        known = find(name.split("-")[0], {}, "PRESETS", sentence)
-    if name not in known:
-        raise BadInput(sentence)
-    return known[name]
+    family = PRESETS if name in PRESETS else find(name.split("-")[0], {}, "PRESETS", sentence)
+    return find(name, family, "PRESETS", sentence)

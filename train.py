@@ -13,7 +13,6 @@ Reading order: text to batches; the loss; the loop, `fit`; one training, `train`
 import contextlib
 import math
 import os
-import sys
 import time
 from functools import partial
 from typing import NamedTuple
@@ -353,24 +352,15 @@ def show_samples(args, model, tokenizer, heldout, report):
 
 def parse_args(argv=None):
     args = training_flags.parse_args(argv, __doc__, flora.KINDS)
-    kind, args.fixed_rank = None, None
-    if args.adapter != "none":
-        kind = flora.adapter_class(args.adapter)
-        args.fixed_rank = kind.fixed_rank
-    if args.lr is None:
-        args.lr = kind.learning_rate if kind else extra("pretrain", "--adapter none").LEARNING_RATE
-    return training_flags.fill_in(args)
+    kind = None if args.adapter == "none" else flora.adapter_class(args.adapter)
+    return training_flags.fill_in(args, kind)
 
 
 def main():
     args = parse_args()
     if args.plot:
         return extra("curves", "--plot").plot(args.plot, args.out)
-    try:
-        train(args)
-    except FloatingPointError as e:
-        print(f"train.py: error: {e}", file=sys.stderr)
-        sys.exit(1)
+    train(args)
 
 
 if __name__ == "__main__":

@@ -23,31 +23,33 @@ import torch
 from tqdm import tqdm
 
 import flora
-from bench import (Row, benched_layer, check_agreement, default, example, in_turns, install, make_adapter_sets,
-                   measured_inflection, seconds, serve, throughput_of)
+from bench import (Row, benched_layer, check_agreement, default, example, install, make_adapter_sets,
+                   measured_inflection, throughput_of)
+from extras.bench_rounds import in_turns, serve
 from generate import new_engine
-from plumbing.figures import print_table, tell_rank
+from plumbing.figures import PANELS, print_table, tell_rank
 from plumbing.files import BadInput, check, existing_file, read_json
 from plumbing.outputs import PNG, check_writable, save_figure
+from plumbing.timing import seconds
 
 from .ffba import own_columns
 
 # ------------------------------------------------------------------------- rows that bench.py lacks
 
 
-def lora_masked(x, rows):
+def lora_masked(y, x, rows):
     """LoRA without bmm: all n adapters as one dense [d, n r] matmul, the others masked out.
 
-    x [b, T, d], rows a flora.Rows -> the addend of Eq. 1 [b, T, k]; for the `lora` of a layer.
+    y [b, T, k], x [b, T, d], rows a flora.Rows -> y and the addend of Eq. 1; for a layer's add_lora.
     """
     A, B = rows.bank.added_A.flatten(0, 1), rows.bank.added_B.flatten(0, 1)   # [n r, k], [n r, d]
     own = own_columns(rows, "added_B")                                        # [b, 1 or T, n r]
     hidden = (x @ B.T.to(x.dtype)) * own.to(x.dtype)                          # [b, T, n r]
-    return hidden @ A.to(x.dtype)
+    return torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1).to(y.dtype), A.to(y.dtype)).view(y.shape)
 
 
 def masked(layer):
-    layer.lora = lora_masked
+    layer.add_lora = lora_masked
 
 
 def fused(layer):
@@ -89,7 +91,7 @@ def bench_layer(bench):
         bench.result["materialise_cost"] = cost
         print(f"making W0 ∘ ΔW costs {cost:.0f} rows of the plain matmul (flora.MATERIALISE_COST)")
     if not bench.panels:   # otherwise the figure is of these
-        bench.panels = {"layer": ("tokens_per_second", "Rows/s of one projection")}
+        bench.panels = {"layer": PANELS["layer"]}
     return results
 
 

@@ -19,7 +19,11 @@ class GraphEngine(Engine):
 
     def __init__(self, model, slots=8, compile=False, **settings):
         super().__init__(model, slots, **settings)
-        self.forward = torch.compile(model, dynamic=False) if compile else model
+        self.forward = model
+        if compile:
+            self.forward = torch.compile(model, dynamic=False)
+            # once for each cache length; beyond its limit, 8, torch silently compiles no more
+            torch._dynamo.config.recompile_limit += -(-self.length // BLOCK)
         self.layers = [layer for _, layer in flora.adapter_layers(model)]
         self.graphs = {}      # {cache length: (graph, its logits)}
         self.banks = []       # of each layer, as the graphs read them
@@ -54,15 +58,19 @@ class GraphEngine(Engine):
     def replay(self, length):
         """The same as a CUDA graph, captured at the first use of each length."""
         if length not in self.graphs:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self.run_all_slots(length)   # compiles, and sets up what a capture may not
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self.run_all_slots(length)
-            self.graphs[length] = graph, logits
+            with torch.cuda.device(self.device):   # streams belong to the current one
+                self.graphs[length] = self.capture(length)
         graph, logits = self.graphs[length]
         graph.replay()
         return logits
+
+    def capture(self, length):
+        """-> (a graph of run_all_slots, the logits that it writes)."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.run_all_slots(length)   # compiles, and sets up what a capture may not
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):   # its own default is one for all devices
+            return graph, self.run_all_slots(length)

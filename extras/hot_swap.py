@@ -18,8 +18,13 @@ from plumbing.files import BadInput
 
 def load_adapter(engine, file):
     """flora.load_adapter between two steps of an engine -> the adapter's id."""
+    return add_adapter(engine, lambda model: flora.load_adapter(model, file))
+
+
+def add_adapter(engine, add):
+    """add(model) -> the id of an adapter that it adds (flora.add_adapter, extras.blend.blend), between two steps."""
     banks = frozen_banks(engine.model)
-    adapter_id = flora.load_adapter(engine.model, file)
+    adapter_id = add(engine.model)
     update_bank(engine.model, banks, adapter_id)
     engine.recompose()
     return adapter_id
@@ -27,15 +32,18 @@ def load_adapter(engine, file):
 
 def remove_adapter(engine, adapter_id):
     """Evict an adapter between two steps. BadInput while a waiting or running request uses it."""
-    in_use = {r.adapter_id for r in (*engine.waiting, *engine.running)
-              if r.state in ("waiting", "running")}
-    if adapter_id in in_use:
+    if adapter_id in in_use(engine):
         raise BadInput(f"adapter {adapter_id} is in use by a request; "
                        "cancel it or let it end first")
     banks = frozen_banks(engine.model)
     flora.remove_adapter(engine.model, adapter_id)
     update_bank(engine.model, banks, adapter_id)
     engine.recompose()
+
+
+def in_use(engine):
+    """The adapter ids of an engine's waiting and running requests."""
+    return {r.adapter_id for r in (*engine.waiting, *engine.running) if r.state in ("waiting", "running")}
 
 
 def frozen_banks(model):

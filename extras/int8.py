@@ -152,6 +152,8 @@ def quantize_int8(model, dynamic=False):
     dynamic: as int8-dynamic does. BadInput where that cannot be had."""
     if dynamic and not can_be_dynamic(model.wte.weight.device):
         raise BadInput("--quantize int8-dynamic needs an x86 CPU; use --quantize int8")
+    if any(layer.weight.dtype == torch.int8 for _, layer in adapter_layers(model)):
+        raise BadInput("the base is int8 already; load it anew to hold it in another form")
     model.fingerprint  # read before the weights change: adapters belong to the model as it was stored
     for _, layer in adapter_layers(model):
         values, scale = round_rows(layer.weight)

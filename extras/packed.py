@@ -46,6 +46,8 @@ class PackedLinear:
         now = weight.data_ptr(), weight._version
         held, then, packed = self.copies.get((lo, hi), (None, None, None))
         if held is not weight or then != now:
+            if weight.device.type != "cpu":   # moved there after it served on a CPU
+                return F.linear(x, weight[lo:hi], bias)
             packed = self.pack(weight.detach(), lo, hi)
             self.copies[lo, hi] = weight, now, packed
         return self.times(x, packed, bias)

@@ -2,12 +2,12 @@
 
   python generate.py --requests in.jsonl --results out.jsonl
 
-A line of --requests is a JSON object: "prompt", and optionally "adapter" (a file, or none),
-"max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop" (a list of texts); the flags of
-the same names give the defaults. A line of --results is that with "line" (its number), "tokens"
-(new ids), "text", "error" (null, or why it could not run) and "made_with" (the fingerprints of the
-base model and the adapter, and the flags that count), written as requests end. Run again after an
-interruption, the same command does only what is missing.
+A line of --requests is a JSON object: "prompt", and optionally "adapter" (a file, none, or a blend,
+{"a.safetensors": 0.7, "b.safetensors": 0.3}), "max_new_tokens", "temperature", "top_k", "top_p", "seed",
+"stop" (a list of texts); the flags of the same names give the defaults. A line of --results is that with
+"line" (its number), "tokens" (new ids), "text", "error" (null, or why it could not run) and "made_with" (the
+fingerprints of the base model and the adapter, and the flags that count), written as requests end. Run again
+after an interruption, the same command does only what is missing.
 """
 import contextlib
 import gzip
@@ -23,17 +23,21 @@ from tqdm import tqdm
 
 import flora
 import generate
+from extras import blend
 from flora import BASE
 from plumbing.files import BadInput, open_file
 from plumbing.flags import get_dtype
 from plumbing.outputs import check_writable, locked, open_output, stands
 from plumbing.prompts import cut_at_stop, encode_prompt, new_text, stop_check
-from plumbing.provenance import adapter_digest, base_digest, difference
+from plumbing.provenance import adapter_digest, base_digest, difference, digest
+from plumbing.registry import is_blend
 
 KEYS = {   # {key of a request: its type}
-    "prompt": str, "adapter": str, "max_new_tokens": int, "temperature": (int, float),
+    "prompt": str, "adapter": (str, dict), "max_new_tokens": int, "temperature": (int, float),
     "top_k": int, "top_p": (int, float), "seed": int, "stop": list}
-TYPE_NAMES = {str: "text", int: "whole number", (int, float): "number", list: "list of texts"}
+TYPE_NAMES = {
+    str: "text", (str, dict): "text and no object of files and weights", int: "whole number",
+    (int, float): "number", list: "list of texts"}
 OTHER_FILE = "move the file away, or choose another --results"
 
 
@@ -170,6 +174,8 @@ def refusal(given):
         fits = isinstance(value, KEYS[key]) and not isinstance(value, bool)
         if fits and key == "stop":
             fits = all(isinstance(text, str) and text for text in value)
+        if fits and key == "adapter" and isinstance(value, dict):
+            fits = bool(value) and all(type(weight) in (int, float) for weight in value.values())
         if not fits:
             return f"{key} is {reprlib.repr(value)}, which is no {TYPE_NAMES[KEYS[key]]}"
 
@@ -184,7 +190,8 @@ def read_requests(file, defaults):
         for line, given in read_jsonl(file):
             where = f"--requests {file} line {line}"
             check_request(given, where)
-            requests[line] = defaults | given
+            own_seed = generate.row_seed(defaults.get("seed", 0), line)   # where the line gives none
+            requests[line] = defaults | dict(seed=own_seed) | given
             if error := refusal(given):
                 errors.append(f"{where}: {error}")
                 requests[line]["error"] = error
@@ -201,16 +208,23 @@ def read_requests(file, defaults):
 
 def made_with(args, requests):
     """{line: on what its answer depends beside the request itself}: contents, not names."""
-    names = {r["adapter"] for r in requests.values() if "error" not in r}
+    names = {name_of(r["adapter"]) for r in requests.values() if "error" not in r}
     adapters = {name: adapter_content(name) for name in names}
     settings = dict(dtype=args.dtype, quantize=args.quantize, truncate=args.truncate)
     base = base_digest(args.weights)
-    return {line: dict(base=base, adapter_file=None if "error" in r else adapters[r["adapter"]],
+    return {line: dict(base=base, adapter_file=None if "error" in r else adapters[name_of(r["adapter"])],
                        **settings) for line, r in requests.items()}
+
+
+def name_of(adapter):
+    """A request's "adapter" as a key of a dict: a text, or of a blend its (file, weight) pairs."""
+    return adapter if isinstance(adapter, str) else tuple(sorted(adapter.items()))
 
 
 def adapter_content(name):
     try:
+        if weights := weights_of(name):
+            return digest(*sorted(f"{adapter_digest(file)} {weight:g}" for file, weight in weights.items()))
         return adapter_digest(name)
     except BadInput:   # which its requests are told later
         return "unreadable"
@@ -244,6 +258,13 @@ def resume_results(file, requests, made=None):
     return set(finished)
 
 
+def weights_of(name):
+    """{file: weight} of what name_of or a text names as a blend; None of a file or "none"."""
+    if isinstance(name, tuple):
+        return dict(name)
+    return blend.parse(name) if is_blend(name) else None
+
+
 # ------------------------------------------------------------------------------------------ serving
 
 
@@ -252,13 +273,16 @@ def load_adapters(model, requests):
     given the reason as their "error". BadInput if no request is left."""
     loaded, refused = {"none": BASE}, {}
     for r in requests.values():
-        name = r["adapter"]
-        if "error" not in r and name not in loaded and name not in refused:
+        if "error" in r:
+            continue
+        name = name_of(r["adapter"])
+        if name not in loaded and name not in refused:
             try:
-                loaded[name] = flora.load_adapter(model, name)
+                weights = weights_of(name)
+                loaded[name] = blend.load(model, weights, loaded) if weights else flora.load_adapter(model, name)
             except BadInput as e:
                 refused[name] = str(e)
-        if "error" not in r and name in refused:
+        if name in refused:
             r["error"] = refused[name]
     flora.freeze_bank(model)
     if all("error" in r for r in requests.values()):
@@ -276,7 +300,7 @@ def submit(engine, r, loaded, tokenizer, cut):
     except BadInput as e:
         return engine.submit([], error=str(e))
     settings = {key: r[key] for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
-    return engine.submit(ids, adapter_id=loaded[r["adapter"]], eos_id=tokenizer.eos_ids,
+    return engine.submit(ids, adapter_id=loaded[name_of(r["adapter"])], eos_id=tokenizer.eos_ids,
                          stopped=stop_check(tokenizer, r["stop"]), **settings)
 
 

@@ -308,6 +308,35 @@ def hira_peers(data):
     return markdown(["", "tokens/s", "requests with our tokens"], lines)
 
 
+def blends(data):
+    """blend_losses.py: held-out bits per byte of both languages, by the weights of both adapters."""
+    cells = {(row["perl"], row["cpp"]): f"{row['perl_bpb']:.4f} / {row['cpp_bpb']:.4f}" for row in data["rows"]}
+    perls, cpps = (sorted({weights[i] for weights in cells}) for i in (0, 1))
+    return markdown(["Perl / C++", *(f"C++ at {cpp:g}" for cpp in cpps)],
+                    [[f"Perl at {perl:g}", *(cells[perl, cpp] for cpp in cpps)] for perl in perls])
+
+
+def load(data):
+    """serve_load.py: milliseconds per output token and to the first, as the client, the server's /metrics and the
+    engine alone have them; the share of the client's that the server did not see; processor time per token."""
+    lines = []
+    for rate in sorted({row["request_rate"] for row in data["rows"]}):
+        http, engine = (next(row for row in data["rows"] if (row["request_rate"], row["what"]) == (rate, what))
+                        for what in ("http", "engine"))
+        client, server = http["seconds_per_output_token_mean"], http["server_seconds_per_output_token_mean"]
+        cells = [f"{1e3 * row[f'{name}_mean']:.1f} / {1e3 * row[f'{name}_p99']:.1f}"
+                 for name in ("seconds_per_output_token", "time_to_first_token") for row in (http, engine)]
+        lines.append([f"{rate:g}", cells[0], f"{1e3 * server:.1f}", *cells[1:],
+                      f"{100 * (client - server) / client:.1f} %",
+                      *(f"{1e3 * row['processor_seconds_per_token']:.2f}" for row in (http, engine))])
+    return (f"{data['requests']} requests of {data['new_tokens'] / data['requests']:.0f} new tokens on average, "
+            f"{data['adapters']} adapters, {data['slots']} slots, {data['tool']}; mean / 99th percentile, medians of "
+            f"{data['rounds']} rounds:\n\n" + markdown(
+                ["requests/s", "ms per output token, by HTTP", "in the server", "the engine alone",
+                 "ms to the first token, by HTTP", "the engine alone", "HTTP's share",
+                 "processor ms per token, the server", "the engine alone"], lines))
+
+
 def engines(*files):
     """peers_engines: of how many prompts an engine's tokens are ours, a line for each form in which
     it opens the exports; what it said of those that it does not open stands below."""
@@ -331,10 +360,21 @@ def engines(*files):
     return "\n\n".join([markdown(["engine", "folder", *exports], lines), *notes])
 
 
+def gpu(data):
+    """extras/gpu.py: a line for each claim, and Figure 2's shares of the base for each model that was run."""
+    lines = [[line["verdict"], line["what"]] for line in data["verdicts"]]
+    tables = [f"{name}, shares of the base's tokens/s:\n\n{throughput_shares(part)}"
+              for name, part in data["parts"].items() if name.startswith("fig2") and "rows" in part]
+    return "\n\n".join([markdown(["", "on a GPU"], lines), *tables])
+
+
 # ------------------------------------------------------------------------------------- the places
 
 
+NOT_YET = {   # tables whose data may be missing, and what then stands in their place
+    "gpu": "Not run: there was no GPU. `python -m extras.gpu` is the command."}
 TABLES = {   # name in the text: (files in extras/results/, what makes the table of them)
+    "gpu": ("gpu.json", gpu),
     "fig2-throughput": ("fig2_1b.json", throughput),
     "fig2-shares": ("fig2_1b.json", throughput_shares),
     "fig2-latency": ("fig2_1b.json", latency),
@@ -382,6 +422,8 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "one-request": ("token.json", one_request),
     "one-request-768": ("token_768.json", one_request),
     "hira-peers": ("peers_hira.json", hira_peers),
+    "blend": ("blend.json", blends),
+    "load": ("serve_load.json", load),
     "places": ("place_qk.json place_c_attn.json place_mlp.json place_all.json place_qk_low.json "
                "place_c_attn_low.json place_mlp_low.json place_all_low.json", trainings),
     "base": ("base_first.json base_second.json base_python.json base_stdlib.json", bases),
@@ -398,6 +440,8 @@ def render(place):
         raise BadInput(f"<!-- table {name} -->: there is no such table; use one of "
                        f"{', '.join(TABLES)}")
     names, table = TABLES[name]
+    if name in NOT_YET and not (DATA / names).exists():
+        return f"<!-- table {name} -->\n{NOT_YET[name]}\n<!-- end -->"
     data = [read_json(DATA / file) for file in names.split()]
     return f"<!-- table {name} -->\n{table(*data)}\n\n{caption(*data)}\n<!-- end -->"
 

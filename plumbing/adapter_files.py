@@ -23,11 +23,14 @@ def named_parameters(adapters):
             for p, tensor in adapter.named_parameters()}
 
 
-def write_adapter(file, adapters, fingerprint, training=None):
-    """Write {layer name: Adapter}, of a base with this fingerprint; training: a summary."""
+def write_adapter(file, model, adapters, training=None):
+    """Write {layer name: Adapter} of a model; training: a summary. A kind that files do not hold
+    (extras/blend.py) is written as what its to_save(model, adapters) makes of it."""
+    to_save = getattr(next(iter(adapters.values())), "to_save", None)
+    adapters = to_save(model, adapters) if to_save else adapters
     first = next(iter(adapters.values()))
     metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
-                    **{name: getattr(first, name, None) for name in OPTIONS}, base=fingerprint,
+                    **{name: getattr(first, name, None) for name in OPTIONS}, base=model.fingerprint,
                     targets=list(dict.fromkeys(a.target for a in adapters.values())),
                     training=training or {})
     tensors = {name: p.detach().contiguous().cpu()
@@ -44,7 +47,7 @@ def read_adapter(file, model, make_adapters):
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
     check(metadata, METADATA, f'{file}: "flora_adapter" metadata')
-    if metadata["base"] != model.fingerprint:
+    if metadata["base"] not in model.fingerprints:
         raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
                        f" this model's is {model.fingerprint}); load that base with --weights")
     options = {name: metadata[name] for name in OPTIONS if metadata.get(name) is not None}

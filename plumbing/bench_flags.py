@@ -3,23 +3,23 @@ import argparse
 import os
 
 from plumbing.files import BadInput
-from plumbing.flags import add_common_flags, check_numbers, get_device
+from plumbing.flags import Help, add_common_flags, check_numbers, get_device
 from plumbing.outputs import JSON, PNG, check_writable
 
 
 def parse_args(argv, description, known_rows, presets):
     parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
-    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="of FLoRA and LoRA")
     add("--mode", nargs="+", choices=["throughput", "latency", "layer", "token"],
-        default=["throughput", "latency"])
+        default=["throughput", "latency"], help="what is measured; layer and token are extras'")
     rows = [name for name in known_rows if name != "flora-eq6"]
     add("--rows", nargs="+", default=rows, metavar="ROW", help="the base always runs too; "
         f"{', '.join(known_rows)}, and those of extras/bench_more.py (default: {' '.join(rows)})")
     add("--model", metavar="NAME", help="a size instead of --weights, with --random-weights: "
         f"{', '.join(presets)}, or one of extras/llama.py's")
-    add("--random-weights", action="store_true")
+    add("--random-weights", action="store_true", help="goes with --model")
     add("--attention", choices=["flash", "math"], default="flash", help="math: as in the paper")
     add("--compile", action="store_true",
         help="decode with torch.compile; its time is reported apart")
@@ -36,8 +36,10 @@ def parse_args(argv, description, known_rows, presets):
         help="tokens an example, for layer")
     add("--token-length", type=int, default=128, help="new tokens of a request, for token")
     add("--repeats", type=int, default=3,
-        help="rounds; latency takes one, its spread is over the requests")
-    add("--png", metavar="FILE", help="default: figures/fig2_DEVICE.png")
+        help="runs of the workload; latency takes one, its interval is over the requests")
+    add("--turns", choices=["steps", "rounds"], default="steps", help="rows take turns by single "
+        "steps, each with a cache of its own, or by whole workloads (extras/bench_rounds.py)")
+    add("--png", metavar="FILE", help="default: out/fig2_DEVICE.png")
     add("--plot", nargs="+", metavar="JSON",
         help="no measuring: draw the throughput of these results into --png (Fig. 3)")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
@@ -59,7 +61,7 @@ def find_outputs(args):
     """Fill in --json and --png, and see that both can be written."""
     device = get_device(args.device).type
     args.json = args.json or os.path.join("out", f"bench_{device}.json")
-    args.png = args.png or os.path.join("figures", f"fig2_{device}.png")
+    args.png = args.png or os.path.join("out", f"fig2_{device}.png")
     check_writable(args.json, "--json", JSON, make_folder=True)
     if args.mode != ["token"]:
         check_writable(args.png, "--png", PNG, make_folder=True)

@@ -22,6 +22,7 @@ def describe(args, model, workload):
                       num_adapters=args.num_adapters, ranks=args.ranks, repeats=args.repeats))
 
 
+BUSY = 0.04   # a wider interval of a ratio tells rows apart no more
 COLUMNS = [   # of the table, beside those that every mode has: (title, width, format, key of a row)
     ("s/token mean", 14, ".4f", "seconds_per_output_token_mean"),
     ("p50", 9, ".4f", "seconds_per_output_token_p50"),
@@ -43,13 +44,19 @@ def print_table(rows, columns=COLUMNS):
     for (mode, rate, tokens), group in by_group(rows).items():
         print(f"\n{mode}" + (f" at {rate:.3g} requests/s" if rate else "")
               + (f", {tokens} tokens an example" if tokens else ""))
-        print(f"{'':>14}{'rank':>5}{'tokens/s':>10}{'min-max':>16}{'of base':>9}"
+        print(f"{'':>14}{'rank':>5}{'tokens/s':>10}{'of base':>9}{'95 %':>16}"
               + "".join(f"{title:>{width}}" for title, width, _, _ in columns))
         for row in group:
-            spread = f"{row['tokens_per_second_min']:.0f}-{row['tokens_per_second_max']:.0f}"
+            interval = f"{row['ratio_to_base_low']:.3f}-{row['ratio_to_base_high']:.3f}"
             print(f"{row['baseline']:>14}{row['rank'] or '':>5}{row['tokens_per_second']:>10.1f}"
-                  f"{spread:>16}{row['ratio_to_base']:>9.3f}"
+                  f"{row['ratio_to_base']:>9.3f}{interval:>16}"
                   + "".join(f"{row[key]:>{width}{form}}" for _, width, form, key in columns))
+
+
+def widest_interval(rows):
+    """Of the ratios to the base in mode throughput."""
+    return max((row["ratio_to_base_high"] - row["ratio_to_base_low"] for row in rows
+                if row["mode"] == "throughput"), default=0.0)
 
 
 def print_summary(result, share):
@@ -64,10 +71,17 @@ def print_summary(result, share):
     print(f"Eq. 7 at {p['batch']} x {p['tokens']} tokens, d = {p['d']}, k = {p['k']}: "
           f"c1 = {p['c1']:.2e}, c2 = {p['c2']:.2e} s, predicted inflection rank "
           f"{tell_rank(p['inflection_rank'], result)}; measured: "
-          + ", ".join(f"{name} {tell_rank(r, result)}" for name, r in eq7["measured"].items()))
+          + "; ".join(f"{name} {tell_rank(r, result)}{tell_apart(eq7, name)}"
+                      for name, r in eq7["measured"].items()))
     print(f"free rank: {free['balance']:.1f} rows take as long as reading W0, so predicted for "
           f"{free['requests']} requests {free['predicted']:.1f}; at {share} of the base or more: "
           + ", ".join(f"{name} {tell_ranks(ranks)}" for name, ranks in free["measured"].items()))
+    widest = widest_interval(result["rows"])
+    if widest:
+        print(f"the widest interval of a throughput's ratio is {widest:.3f}")
+    if widest > BUSY:
+        print("This machine was too busy to tell rows apart. Close other programs, or give each its "
+              "own core: OMP_NUM_THREADS=1 python bench.py ...")
 
 
 def tell_rank(rank, result):
@@ -79,65 +93,84 @@ def tell_rank(rank, result):
     return f"{rank:.1f}" if np.isfinite(rank) else f"none up to rank {last}"
 
 
+def tell_apart(eq7, name):
+    """Between which ranks FLoRA and a LoRA cannot be told apart, in words."""
+    ahead, behind = eq7.get("told_apart", {}).get(name, (0, np.inf))
+    if behind == np.inf:
+        return f" (FLoRA is ahead up to rank {ahead})" if ahead else " (told apart at no rank)"
+    if ahead:
+        return f" (not told apart between ranks {ahead} and {behind})"
+    return f" (LoRA is ahead from rank {behind}; below it they cannot be told apart)"
+
+
 def tell_ranks(ranks):
     if ranks is None:
         return "no rows of it"
     return " ".join(map(str, ranks)) or "none"
 
 
-PANELS = {   # of the figure: {mode: (key of a row, title)}
-    "throughput": ("tokens_per_second", "Throughput (tokens/s)"),
-    "latency": ("seconds_per_output_token_mean", "Seconds per output token"),
-}
+PANELS = {   # of the figure: {mode: its title}
+    "throughput": "Throughput", "latency": "Latency", "layer": "One projection"}
 
 
 def draw(bench):
-    """The paper's Figure 2: throughput and latency across ranks, with Eq. 7's inflection rank."""
+    """The paper's Figure 2 as ratios to the base: a panel for each mode and request rate, with the
+    95 % intervals, and Eq. 7's inflection rank in its title."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    result, panels = bench.result, bench.panels
-    rows = {mode: [row for row in result["rows"] if row["mode"] == mode] for mode in panels}
-    panels = {mode: panel for mode, panel in panels.items() if rows[mode]}
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4.4), squeeze=False)
-    for axis, (mode, (metric, title)) in zip(axes[0], panels.items()):
-        draw_lines(axis, rows[mode], metric)
-        if mode == "throughput":
-            draw_inflection(axis, result)
-        axis.set(xlabel="Rank", title=title)
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
-    where = result["machine"]["gpu"] or result["machine"]["cpu"]
-    figure.suptitle(f"{result['model']['name']}, {result['dtype']}, {where}, "
-                    f"{result['workload']['slots']} slots", fontsize=9)
+    result = bench.result
+    groups = by_group([row for row in result["rows"] if row["mode"] in bench.panels])
+    figure, axes = plt.subplots(1, len(groups), figsize=(max(6, 4.6 * len(groups)), 4.6),
+                                squeeze=False)
+    for axis, ((mode, rate, tokens), rows) in zip(axes[0], groups.items()):
+        draw_ratios(axis, [row for row in rows if row["method"] != "base"])
+        note = (f" at {rate:.3g} requests/s" if rate else "")
+        note += f", {tokens} tokens an example" if tokens else ""
+        axis.set_title(PANELS[mode] + note, fontsize=9)
+        axis.set(xlabel="Rank", ylabel="Speed, share of the base model's (higher is better)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=2, loc="lower center")
+    figure.suptitle(tell_finding(result), fontsize=10)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     save_figure(figure, bench.args.png)
     print(f"wrote {bench.args.png}")
 
 
-def draw_lines(axis, rows, metric):
-    """One mode's rows: a color for each method, a style for each request rate or token count."""
+def draw_ratios(axis, rows):
+    """A line for each method over the ranks, bars for the intervals; IA3 stands at rank 0.5."""
     names = list(dict.fromkeys(row["baseline"] for row in rows))
-    for ((_, rate, tokens), group), style in zip(by_group(rows).items(), ["-", "--", ":", "-."]):
-        note = (f", {rate:.3g} req/s" if rate else "") + (f", {tokens} tokens" if tokens else "")
-        for i, name in enumerate(names):
-            found = [row for row in group if row["baseline"] == name]
-            look = dict(color=f"C{i}", linestyle=style, label=name + note)
-            if found[0]["method"] in ("base", "ia3"):   # without a rank
-                axis.axhline(found[0][metric], linewidth=1, **look)
-            else:
-                points = [(row["rank"], row[metric]) for row in found]
-                axis.plot(*zip(*points), marker="o", markersize=3, **look)
+    for i, name in enumerate(names):
+        mine = [row for row in rows if row["baseline"] == name]
+        y = np.array([row["ratio_to_base"] for row in mine])
+        bars = [y - [row["ratio_to_base_low"] for row in mine],
+                [row["ratio_to_base_high"] for row in mine] - y]
+        x = [row["rank"] * 1.03**(i - len(names) / 2) for row in mine]   # beside each other
+        axis.errorbar(x, y, np.clip(bars, 0, None), marker="o", markersize=3, capsize=2,
+                      color=f"C{i}", label=mine[0]["what"])
+    axis.axhline(1, color="grey", linewidth=1)
+    ranks = sorted({row["rank"] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(ranks, ranks)
+    axis.minorticks_off()
 
 
-def draw_inflection(axis, result):
-    eq7 = result["eq7"]
-    told = [(eq7["predicted"]["inflection_rank"], ":", "predicted by Eq. 7")]
-    if "lora-token" in eq7["measured"]:   # that row ran
-        told.append((eq7["measured"]["lora-token"], "-", "measured"))
-    for rank, style, what in told:
-        label = f"inflection against lora-token, {what}: {tell_rank(rank, result)}"
-        at = rank if rank and np.isfinite(rank) else np.nan   # nan has a legend alone
-        axis.axvline(at, color="grey", linestyle=style, linewidth=1, label=label)
+def tell_finding(result):
+    """What the figure says: FLoRA beside the paper's bmm-LoRA at the first and the last rank."""
+    where = result["machine"]["gpu"] or f"{result['machine']['threads']} threads of a CPU"
+    head = (f"{result['model']['name']}, {result['dtype']}, {where}, "
+            f"{result['workload']['slots']} slots")
+    share = {(row["baseline"], row["rank"]): row["ratio_to_base"] for row in result["rows"]
+             if row["mode"] == "throughput"}
+    ranks = sorted(rank for name, rank in share if name == "flora" and ("lora-token", rank) in share)
+    if not ranks:
+        return head
+    ends = [ranks[0], ranks[-1]]
+    flora, lora = ([f"{share[name, rank]:.2f}" for rank in ends] for name in ("flora", "lora-token"))
+    return (f"FLoRA keeps {flora[0]} of the base's speed at rank {ends[0]} and {flora[1]} at rank "
+            f"{ends[1]}; bmm-LoRA per token {lora[0]} and {lora[1]}\n{head}; inflection rank by "
+            f"Eq. 7 {tell_rank(result['eq7']['predicted']['inflection_rank'], result)}, measured "
+            f"{tell_rank(result['eq7']['measured']['lora-token'], result)}")
 
 
 def finite(value):

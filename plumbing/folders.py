@@ -106,7 +106,7 @@ def load(folder, config, make_model, device, dtype):
     if output is not None and not torch.equal(output, model.wte.weight):
         raise BadInput(f"{folder}: {model.FOLDER.TIED} differs from the embedding, to which "
                        "config.json ties it (tie_word_embeddings); its values would be lost")
-    model.fingerprint = digest_samples(samples)
+    model.fingerprints = digests_of(samples)
     return model
 
 
@@ -128,6 +128,8 @@ def check_shapes(model, shapes, folder):
 
 def save(model, folder, dtype):
     """Write config.json and model.safetensors, in `dtype` or (None) the model's."""
+    if not all(p.is_floating_point() for p in model.base_parameters().values()):
+        raise BadInput("an int8 base has no weights to save; load it without --quantize")
     os.makedirs(folder, exist_ok=True)
     tensors = {name: p.detach().to(dtype or p.dtype).contiguous().cpu()
                for name, p in model.base_parameters().items()}
@@ -136,23 +138,37 @@ def save(model, folder, dtype):
     write_json(os.path.join(folder, "config.json"), config)
 
 
-def fingerprint(parameters):
-    """16 hexadecimal digits for {name: tensor}, from a sample of their values."""
-    return digest_samples({name: sample(p) for name, p in parameters.items()})
+def fingerprints(parameters):
+    """{name: tensor} -> two times 16 hexadecimal digits: from all their values, and, as in older
+    adapter files, from a sample of 64 of each tensor."""
+    return digests_of({name: sample(p.detach()) for name, p in parameters.items()})
 
 
-def digest_samples(samples):
-    digest = hashlib.sha256()
+def digests_of(samples):
+    """{name: of `sample`} -> the fingerprints."""
+    whole, sampled = hashlib.sha256(), hashlib.sha256()
     for name in sorted(samples):
-        digest.update(name.encode() + samples[name])
-    return digest.hexdigest()[:16]
+        picked, total = samples[name]
+        sampled.update(name.encode() + picked)
+        whole.update(name.encode() + picked + total)
+    return whole.hexdigest()[:16], sampled.hexdigest()[:16]
 
 
 def sample(tensor):
-    """64 values spread over a tensor, as float32 bytes with its shape."""
-    flat = tensor.detach().reshape(-1)
+    """64 values spread over a tensor, with its shape; and a sum over the bits of all its values as
+    float32, each row's times the row's number."""
+    flat = tensor.reshape(-1)
     picked = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()]
-    return str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes()
+    matrix, total = tensor.reshape(len(tensor), -1), 0
+    columns = matrix.shape[1]
+    some = matrix.new_zeros(64, columns + columns % 2, dtype=torch.float32)   # rows at a time
+    for start in range(0, len(matrix), 64):
+        part = matrix[start:start + 64]
+        some[:len(part), :columns] = part
+        rows = some[:len(part)].view(torch.int64).sum(1)   # two values of 32 bits as one of 64
+        total += (rows * (1 + start + torch.arange(len(rows), device=rows.device))).sum()
+    return (str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes(),
+            str(int(total)).encode())
 
 
 def read_ends(values, file, vocab_size=None):

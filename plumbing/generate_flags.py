@@ -2,29 +2,29 @@
 import argparse
 
 from plumbing.files import BadInput
-from plumbing.flags import add_common_flags, check_numbers
+from plumbing.flags import Help, add_common_flags, check_numbers
 from plumbing.requests import check_settings
 
 
 def parse_args(argv=None, description=None):
     parser = argparse.ArgumentParser(description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
-    add("--prompt", action="append", default=[], help="give it again for more rows")
+    add("--prompt", action="append", default=[], help="a text to go on from; again for more rows")
     add("--prompt-file", action="append", default=[], metavar="FILE",
         help="a prompt from a file, - for standard input")
     add("--suffix", action="append",
         help="fill in the middle between prompt and this; one for all or one each")
     add("--adapter", action="append", default=[], metavar="FILE",
         help="a file, or a folder of PEFT; one for all prompts or one each; none is the base model")
-    add("--max-new-tokens", type=int, default=64)
+    add("--max-new-tokens", type=int, default=64, help="tokens to generate at most")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 keeps all")
-    add("--top-p", type=float, default=1.0)
+    add("--top-p", type=float, default=1.0, help="share of the mass that --top-k left to draw from")
     add("--stop", action="append", default=[], metavar="TEXT",
         help="end a row before this text; may be repeated")
     add("--truncate", action="store_true",
-        help="drop the start of prompts that do not fit the context")
+        help="drop the start of prompts that do not fit the context (and the end of suffixes)")
     add("--requests", metavar="FILE", help="JSONL of requests; with --results")
     add("--results", metavar="FILE", help="JSONL to write, or to complete")
     add("--slots", type=int, help="requests that run at once (default: 8 on a CPU, otherwise 64)")
@@ -32,7 +32,8 @@ def parse_args(argv=None, description=None):
     add("--static-batching", action="store_true",
         help="admit requests only when all slots are empty")
     add("--compile", action="store_true", help="decode --requests with torch.compile")
-    add("--attention", choices=["flash", "math"], default="flash")
+    add("--attention", choices=["flash", "math"], default="flash",
+        help="torch's fused attention, or plain matmuls as the paper's measurements had")
     add_common_flags(parser, dtypes=["float32", "bfloat16", "float16", "auto"])
     args = parser.parse_args(argv)
     check_args(args, parser.error)

@@ -91,12 +91,12 @@ def certain_text(tokenizer, ids, stops=()):
     n = len(ids)
     while n and ids[n - 1] in tokenizer.byte_ids:
         n -= 1
-    text = cut_at_stop(new_text(tokenizer, ids[:n]).rstrip("\ufffd"), stops)
-    longest = max(map(len, stops), default=0)
-    for start in range(max(0, len(text) - longest), len(text)):
+    text = new_text(tokenizer, ids[:n]).rstrip("\ufffd")
+    end, longest = len(cut_at_stop(text, stops)), max(map(len, stops), default=0)
+    for start in range(max(0, len(text) - longest), end):
         if any(stop.startswith(text[start:]) for stop in stops):
             return text[:start]
-    return text
+    return text[:end]
 
 
 def stop_check(tokenizer, stops):

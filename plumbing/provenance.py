@@ -119,6 +119,6 @@ def shown(value):
 def peak_memory(device):
     """Bytes: the GPU's peak allocation, or this process's peak resident size."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -15,17 +15,24 @@ def as_list(ids):
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def start_token(config):
-    """What an empty prompt is: the eos_token_id, or 0 where the vocabulary has none."""
-    return next((i for i in as_list(config.eos_token_id) if i < config.vocab_size), 0)
+def complete_request(request, length, config):
+    """Make a Request ready for an engine of `length` tokens: an empty prompt is the eos_token_id
+    (or 0, without one), eos_id a list, max_new_tokens at most what the context leaves.
 
-
-def check_request(request, length, config):
-    """BadInput for a Request that was refused before, or whose prompt or settings an engine of
-    `length` tokens cannot run."""
+    BadInput if it was refused before, or if its prompt or settings cannot run."""
     if request.error:
         raise BadInput(request.error)
-    prompt, room = request.prompt, f"the {length} of a slot (length)"
+    starts = [i for i in as_list(config.eos_token_id) if i < config.vocab_size]
+    request.prompt, request.eos_id = request.prompt or [*starts, 0][:1], as_list(request.eos_id)
+    check_prompt(request.prompt, length, config)
+    check_settings(request)
+    room = max(1, length - len(request.prompt))   # one token follows a full context too
+    request.max_new_tokens = min(request.max_new_tokens, room)
+
+
+def check_prompt(prompt, length, config):
+    """BadInput for token ids that an engine of `length` tokens cannot run."""
+    room = f"the {length} of a slot (length)"
     if length == config.n_positions:
         room = f"the model's context of {length} (n_positions)"
     if len(prompt) > length:
@@ -34,7 +41,6 @@ def check_request(request, length, config):
     if min(prompt) < 0 or max(prompt) >= config.vocab_size:
         raise BadInput(f"a prompt has token ids outside 0 to {config.vocab_size - 1}; "
                        "encode it with this model's tokenizer")
-    check_settings(request)
 
 
 def check_settings(r):

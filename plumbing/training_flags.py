@@ -1,16 +1,17 @@
 """The flags of train.py, which of them go together, and the defaults that follow from others."""
 import argparse
 
-from plumbing.flags import add_common_flags, check_numbers
+from plumbing.flags import Help, add_common_flags, check_numbers
+from plumbing.registry import extra
 
 
 def parse_args(argv, description, kinds):
     """The flags; --lr is None where it was not given. kinds: the core's kinds of adapters."""
     parser = argparse.ArgumentParser(description=description, fromfile_prefix_chars="@",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add_adapter_flags(parser.add_argument_group("what is trained").add_argument, kinds)
     add_data_flags(parser.add_argument_group("on what").add_argument)
-    add_loop_flags(parser.add_argument_group("how").add_argument)
+    add_loop_flags(parser.add_argument_group("how").add_argument, kinds)
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
     parser.set_defaults(weights=None)   # none without --weights starts from scratch
     args = parser.parse_args(argv)
@@ -21,7 +22,7 @@ def parse_args(argv, description, kinds):
 def add_adapter_flags(add, kinds):
     add("--adapter", default="flora", metavar="KIND",
         help=f"{', '.join(kinds)}, a kind of extras/ (as ffba), or none: the base itself")
-    add("--rank", type=int, default=1)
+    add("--rank", type=int, default=1, help="r of FLoRA and LoRA; IA3 has none")
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
         "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
         "gate_proj up_proj down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj "
@@ -33,9 +34,9 @@ def add_adapter_flags(add, kinds):
         "LoRA, and train towards its predictions on --data (no labels)")
     add("--n-layer", type=int, default=6,
         help="size of a base model from scratch, with --n-head --n-embd --vocab-size")
-    add("--n-head", type=int, default=4)
-    add("--n-embd", type=int, default=256)
-    add("--vocab-size", type=int, default=4096)
+    add("--n-head", type=int, default=4, help="of it: attention heads")
+    add("--n-embd", type=int, default=256, help="of it: width")
+    add("--vocab-size", type=int, default=4096, help="of it: tokens")
 
 
 def add_data_flags(add):
@@ -50,19 +51,22 @@ def add_data_flags(add):
         help="about how many held-out tokens: entire files, or the beginning of a larger one")
 
 
-def add_loop_flags(add):
+def add_loop_flags(add, kinds):
     add("--steps", type=int, default=300, help="0 measures alone (with --from-lora: the fit)")
     add("--batch-size", type=int, default=8, help="sequences per step and process group")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
-    add("--lr", type=float, help="peak learning rate (default: the kind's learning_rate)")
+    rates = ", ".join(f"{name} {kind.learning_rate:g}" for name, kind in kinds.items())
+    add("--lr", type=float, help=f"peak learning rate (default: the kind's: {rates}, ffba 0.001, "
+        "hira 0.0045, none 0.002)")
     add("--warmup", type=int, help="steps (default: a twentieth)")
     add("--clip", type=float, default=1.0, help="gradient norm")
     add("--eval-every", type=int,
         help="steps between held-out losses and checkpoints (default: a tenth)")
-    add("--compile", action="store_true", help="torch.compile")
+    add("--compile", action="store_true", help="train with torch.compile")
     add("--fast", action="store_true", help="on a CPU: faster and, up to rounding, the same "
         "(extras/fast.py)")
-    add("--gradient-checkpointing", action="store_true")
+    add("--gradient-checkpointing", action="store_true",
+        help="compute each block again in backward, to save memory")
     add("--out", help="folder (default: out/ADAPTER-rRANK, with --from-lora "
         "out/flora-rRANK-from-lora)")
     add("--resume", action="store_true", help="go on from OUT/checkpoint.pt")
@@ -88,8 +92,13 @@ def check_args(args, error):
         error("--from-lora takes the LoRA's targets; leave out --targets")
 
 
-def fill_in(args):
-    """The defaults that follow from other flags -> args."""
+def fill_in(args, kind):
+    """The defaults that follow from other flags and the kind of adapter (None: the base) -> args."""
+    args.fixed_rank = kind.fixed_rank if kind else None
+    if args.lr is None and kind is None:
+        args.lr = extra("pretrain", "--adapter none").LEARNING_RATE
+    elif args.lr is None:
+        args.lr = kind.learning_rate
     if args.targets is None and args.adapter == "none":
         args.targets = []
     if args.warmup is None:

@@ -28,7 +28,7 @@ def test_masked_lora_equals_the_dense_definition(T):
     """y_i = x_i (W0 + (alpha / r) B_i A_i), mixed ranks, the base among them, with and without gather."""
     torch.manual_seed(0)
     layer = flora.AdapterLinear(16, 24)
-    layer.num_adapters, layer.lora = 3, bench_more.lora_masked
+    layer.num_adapters, layer.add_lora = 3, bench_more.lora_masked
     for i, rank in [(1, 1), (3, 4)]:
         layer.adapters[str(i)] = flora.LoRA(rank, "c_fc", 16, 24)
         torch.nn.init.normal_(layer.adapters[str(i)].A)
@@ -66,7 +66,7 @@ def test_bench_of_one_layer_alone_draws_its_own_figure(served_folder, tmp_path):
     assert run.returncode == 0, run.stderr
     rows = json.loads((tmp_path / "out" / "bench_cpu.json").read_text())["rows"]
     assert [row["baseline"] for row in rows] == ["base", "ffba", "ffba-unfused", "flora-eq6"]
-    assert (tmp_path / "figures" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path):
@@ -110,6 +110,6 @@ def test_bench_does_not_time_rows_of_the_extra_that_disagree(family):
     rows = bench.ROWS | bench_more.ROWS
     bench.check_agreement(fresh, sets, torch.float32, rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_more, "lora_masked", lambda x, layer_rows: 0)
+        patch.setattr(bench_more, "lora_masked", lambda y, x, layer_rows: y)
         with pytest.raises(RuntimeError, match="lora rank 2: masked differs from example"):
             bench.check_agreement(fresh, sets, torch.float32, rows)

@@ -1,5 +1,6 @@
 """extras/graphs.py: a decoding step of all slots, as CUDA graphs and compiled code need it."""
 import pytest
+import torch
 
 from extras.graphs import GraphEngine
 from generate import Engine, new_engine
@@ -27,3 +28,11 @@ def test_compile_asks_for_this_engine(model):
     assert type(new_engine(model, 3, compile=True, length=20)) is GraphEngine
     if model.wte.weight.device.type == "cpu":
         assert type(new_engine(model, 3, length=20)) is Engine
+
+
+def test_the_step_may_be_compiled_for_every_cache_length(model, monkeypatch):
+    """torch compiles a function for 8 shapes, and from then on none, without a word."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr("extras.graphs.BLOCK", 4)
+    GraphEngine(model, 3, length=42, compile=True)
+    assert torch._dynamo.config.recompile_limit == 8 + 11

@@ -129,3 +129,13 @@ def test_training_on_an_int8_base_lowers_the_loss_and_its_adapter_runs_on_it(kin
     run_script(generate.main, ["generate.py", "--weights", str(tiny_folder), "--quantize", "int8", "--prompt", "def",
                                "--adapter", report["adapter_file"], "--max-new-tokens", "3"], monkeypatch)
     assert "tokens/s" in capsys.readouterr().err
+
+
+def test_an_int8_base_is_neither_saved_nor_quantized_again(tmp_path):
+    model = tiny_model()
+    quantize_int8(model)
+    with pytest.raises(BadInput, match="an int8 base has no weights to save"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(BadInput, match="the base is int8 already"):
+        quantize_int8(model)

@@ -52,6 +52,13 @@ ENGINES = ABOUT | dict(rows=[
     dict(export="base-hira", form="merged", prompts=4, error="no HiRA"),
     dict(export="base-lora", form="peft", prompts=4, error="no LoRA"),
     dict(export="base-hira", form="peft", prompts=4, error="no HiRA")])
+BLEND = ABOUT | dict(rows=[dict(perl=p, cpp=c, perl_bpb=2 - p - c / 10, cpp_bpb=3 - c)
+                           for p in (0.0, 0.5) for c in (0.0, 1.0)])
+LOAD = ABOUT | dict(tool="a tool", adapters=32, slots=8, requests=4, new_tokens=40, rounds=3, rows=[
+    dict(what=what, request_rate=2.0, seconds_per_output_token_mean=spot, seconds_per_output_token_p99=2 * spot,
+         time_to_first_token_mean=0.03, time_to_first_token_p99=0.05, server_seconds_per_output_token_mean=0.0095,
+         processor_seconds_per_token=spot / 4)
+    for what, spot in [("http", 0.01), ("engine", 0.009)]])
 RATES = dict(wer=96.2, wer_normalised=92.7, cer=50.2, clips=188, endless=6, seconds=61.4)
 HEARD = ABOUT | dict(window=6, rows=[dict(adapter="none") | RATES])
 SPEECH = ABOUT | dict(adapter="flora", rank=1, steps=180, seconds_per_step=2.04, dtype="float32", before=RATES,
@@ -82,7 +89,7 @@ def project(measured, tmp_path, monkeypatch):
              (results.trainings, lora, copy), (results.copies, copy), (results.bases, lora),
              (results.passed, measured["passk"]), (results.judged, measured["passk"]),
              (results.hira_peers, HIRA), (results.heard, HEARD), (results.one_training, SPEECH),
-             (results.engines, ENGINES)]
+             (results.engines, ENGINES), (results.blends, BLEND), (results.load, LOAD)]
     tables = {}
     for i, (make, *files) in enumerate(kinds):
         names = [f"{i}-{j}.json" for j in range(len(files))]
@@ -111,7 +118,9 @@ def test_no_data_names_a_home_folder_of_the_machine_that_measured_it():
 
 def test_every_file_of_data_has_a_table_and_every_table_a_place():
     files = {file for names, _ in results.TABLES.values() for file in names.split()}
-    assert files == {file.name for file in results.DATA.glob("*.json")}
+    missing = files - {file.name for file in results.DATA.glob("*.json")}
+    assert missing <= {results.TABLES[name][0] for name in results.NOT_YET}
+    assert files - missing == {file.name for file in results.DATA.glob("*.json")}
     places = [place["name"] for file in results.TEXTS
               for place in results.PLACE.finditer(file.read_text())]
     assert set(places) == set(results.TABLES)
@@ -139,11 +148,27 @@ def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
                  "| 6 s | none | 188 | 96.2 | 92.7 | 50.2 | 6 | 61 |",
                  "| engine | folder | base-lora | base-hira |", "| vllm 9 | merged | 3 of 4 | (1) |",
                  "| vllm 9 | peft | (2) | (1) |", "(1) no HiRA\n\n(2) no LoRA\n",
+                 "| Perl at 0.5 | 1.5000 / 3.0000 | 1.4000 / 2.0000 |",
+                 "| 2 | 10.0 / 20.0 | 9.5 | 9.0 / 18.0 | 30.0 / 50.0 | 30.0 / 50.0 | 5.0 % | 2.50 | 2.25 |", "4 requests of 10 new tokens",
                  "| base | 96.2 | 92.7 | 50.2 | 6 | 2.042 |",
                  "| FLoRA r1, 180 steps of 2.0 s in float32 | 66.2 | 92.7 | 50.2 | 6 | 0.949 |",
                  "| base |  |  | 75.0 | 71.0 | 28.0 | 5 |  |  |",
                  "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 1, 2 | 0.900 ± 0.500 | 300 |"]:
         assert part in text, part
+
+
+def test_what_a_gpu_measured_is_shown_as_far_as_it_went(project):
+    data = ABOUT | dict(verdicts=[dict(verdict="holds", what="tests on CUDA: 3 passed"),
+                                  dict(verdict="not run", what="fig2-15b: ended with status 1")],
+                        parts={"tests": dict(passed=3), "fig2-1b": BENCH, "fig2-15b": dict(not_run="ended")})
+    place, results.TABLES["gpu"] = "<!-- table gpu -->\n<!-- end -->", ("gpu.json", results.gpu)
+    assert "Not run: there was no GPU. `python -m extras.gpu`" in results.rendered(place)
+    write_json(results.DATA / "gpu.json", data)
+    text = results.rendered(place)
+    for part in ["| holds | tests on CUDA: 3 passed |", "| not run | fig2-15b: ended with status 1 |",
+                 "fig2-1b, shares of the base's tokens/s:\n\n|", "| FLoRA | 0.98 | 0.40 |", "2 threads of a CPU"]:
+        assert part in text, part
+    assert text.count("shares of the base") == 1
 
 
 @pytest.mark.parametrize("damage", ["text", "data"])

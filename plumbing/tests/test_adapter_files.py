@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import flora
 from model import GPT
 from plumbing.files import BadInput
+from plumbing.flags import EMBEDDED
 from test_flora import ALL, random_adapter, tiny_model
 
 
@@ -102,3 +103,14 @@ def test_a_file_keeps_the_alpha_of_its_lora(tmp_path):
         p.data.copy_(mine[name.replace(f".{other}.", f".{one}.")])
     difference = model(ids, torch.tensor([one])) - model(ids, torch.tensor([other]))
     assert difference.abs().max() > 1e-3
+
+
+def test_a_base_that_differs_in_one_row_refuses_the_adapter_and_older_files_load(tmp_path):
+    model, other, file = tiny_model(), tiny_model(), tmp_path / "a.safetensors"
+    random_adapter(model, "flora")
+    flora.save_adapter(model, 1, file)
+    other.wte.weight.data[7] += 1
+    with pytest.raises(BadInput, match="was trained on another base model"):
+        flora.load_adapter(other, file)
+    older = GPT.from_pretrained(EMBEDDED)   # the shipped files are from before
+    assert flora.load_adapter(older, os.path.join(EMBEDDED, "adapters", "cpp.safetensors")) == 1

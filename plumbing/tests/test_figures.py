@@ -6,7 +6,7 @@ import pytest
 from plumbing.tests.conftest import script
 
 ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_second",
-            "ratio_to_base", "seconds_per_output_token_mean", "seconds_per_output_token_p50",
+            "ratio_to_base", "ratio_to_base_low", "ratio_to_base_high", "seconds_per_output_token_mean", "seconds_per_output_token_p50",
             "seconds_per_output_token_p99", "time_to_first_token_mean", "time_to_first_token_p99"}
 
 
@@ -32,7 +32,7 @@ def check_bench_result(result, printed, folder):
     assert {row["request_rate"] for row in served if row["mode"] == "latency"} == {500}
     assert all(row["ratio_to_base"] == 1 for row in served if row["method"] == "base")
     assert result["eq7"]["predicted"]["c1"] > 0 and "predicted inflection rank" in printed
-    assert (folder / "figures" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "out" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("*.tmp"))
     for row in served:
         assert f"{row['tokens_per_second']:.1f}" in printed

@@ -1,6 +1,7 @@
 """Flags: bad input is one sentence and exit status 2."""
 import io
 import json
+import argparse
 import subprocess
 import sys
 
@@ -8,9 +9,10 @@ import pytest
 
 import bench
 import generate
+import train
 from model import GPT
 from plumbing.files import BadInput
-from plumbing.flags import EMBEDDED, get_device, run_main
+from plumbing.flags import EMBEDDED, Help, get_device, run_main
 from plumbing.provenance import base_digest
 from plumbing.tokenizer import Tokenizer
 from test_flora import HERE, run_script, tiny_flags
@@ -132,3 +134,48 @@ def test_output_that_is_not_utf8_shows_escapes_and_loses_nothing(
     text = row["prompt"] + row["text"]
     assert out.buffer.getvalue().decode(encoding).startswith(shown) and row["prompt"] == "é →"
     assert out.buffer.getvalue() == (text + "\n").encode(encoding, "backslashreplace")
+
+
+class Parsing(Exception):
+    """In the place of parsing."""
+
+
+def parser_of(module, monkeypatch):
+    """The ArgumentParser of a script."""
+    found = []
+
+    def stop(parser, *args, **kwargs):
+        found.append(parser)
+        raise Parsing
+
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py"])
+    for name in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+    with pytest.raises(Parsing):
+        (module.parse_args if hasattr(module, "parse_args") else module.main)()
+    return found[0]
+
+
+def every_action(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from every_action(command)
+        else:
+            yield parser, action
+
+
+def check_help(module, monkeypatch):
+    """Each flag of a script says what it is, and what it is when left out."""
+    for parser, action in every_action(parser_of(module, monkeypatch)):
+        where = f"{parser.prog}: {action.option_strings or action.dest}"
+        assert action.help and parser.formatter_class is Help, where
+        told = parser._get_formatter()._expand_help(action)
+        if action.option_strings and not isinstance(action, argparse._HelpAction):
+            assert "default" in told or "(required)" in told, f"{where}: {told}"
+            assert ("auto" in told) <= ("auto" in (action.choices or [])), f"{where}: {told}"
+
+
+@pytest.mark.parametrize("module", [train, generate, bench], ids=lambda module: module.__name__)
+def test_every_flag_of_the_core_has_a_text_and_tells_its_default(module, monkeypatch):
+    check_help(module, monkeypatch)

@@ -11,6 +11,7 @@ from model import GPT
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.prompts import new_text
+from plumbing.requests import as_list
 from plumbing.tokenizer import Tokenizer
 from test_flora import TINY, tiny_flags
 
@@ -77,7 +78,7 @@ def test_every_end_token_of_a_folder_ends_a_text_and_none_is_in_it(tmp_path):
     prompts = [tokenizer.encode("def f(")]
     free = generate.generate(model, prompts, max_new_tokens=12)[0]
     for eos in (free[3], free[:4], [300 - 1, *free[2:3]]):
-        end = min(free.index(i) for i in generate.as_list(eos) if i in free)
+        end = min(free.index(i) for i in as_list(eos) if i in free)
         ids = generate.generate(model, prompts, max_new_tokens=12, eos_id=eos)[0]
         assert ids == free[:end + 1]
     assert new_text(tokenizer, [9, *tokenizer.encode("x"), 250]) == "x"

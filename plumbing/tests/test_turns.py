@@ -1,0 +1,94 @@
+"""bench.py measures in turns: with steps of stated times all is as computed by hand."""
+import numpy as np
+import pytest
+import torch
+
+import bench
+import flora
+from generate import Engine
+from test_flora import served_model
+
+
+def stated_run(arrivals, decoding, prompts=3.0, num_adapters=0):
+    """A Lane after one run of three requests over two slots, whose steps take stated seconds."""
+    engine = Engine(served_model([("flora", 1, None)] * 2), slots=2)
+    lane = bench.Lane(engine, num_adapters)
+
+    def timed(engine):
+        waiting = len(engine.waiting)
+        events = engine.step()
+        return events, prompts if len(engine.waiting) < waiting else decoding
+
+    bench.run_in_turns([lane], [([1], 2), ([1, 2], 3), ([3], 1)], arrivals, timed)
+    return lane
+
+
+def test_throughput_of_stated_steps_is_as_computed_by_hand():
+    """Prompts of the first two, a step that ends the first, the prompt of the third with the ends of
+    both others: 3 + 1 + 3 seconds, 6 new tokens."""
+    lane = stated_run([0, 0, 0], decoding=1.0)
+    assert lane.steps == [(3.0, True), (1.0, False), (3.0, True)] and lane.clock == 7
+    found = lane.runs[0]
+    assert found["tokens_per_second"] == pytest.approx(6 / 7)
+    assert found["seconds_per_output_token_mean"] == pytest.approx((4 / 2 + 7 / 3 + 7) / 3)
+    assert found["seconds_per_output_token_p50"] == pytest.approx(7 / 3)
+    assert found["seconds_per_output_token_p99"] == pytest.approx(7 / 3 + 0.98 * (7 - 7 / 3))
+    assert found["time_to_first_token_mean"] == pytest.approx((3 + 3 + 7) / 3)
+    slower = stated_run([0, 0, 0], decoding=2.0)
+    assert bench.ratio(lane.steps, slower.steps) == pytest.approx((7 / 8,) * 3)
+
+
+def test_latency_of_stated_steps_runs_on_the_lanes_own_clock():
+    """The first ends at 4; waiting for the second costs no time and counts for nothing; the third
+    arrives within a step, and waits for its end."""
+    lane = stated_run([0, 10, 10.5], decoding=1.0, num_adapters=2)
+    assert lane.clock == 17 and [prompts for _, prompts in lane.steps] == [1, 0, 1, 1, 0]
+    assert list(lane.times.values()) == [[0, 3, 4], [10, 13, 17], [10.5, 16, 16]]
+    assert bench.seconds_per_token(lane) == pytest.approx([2, 7 / 3, 5.5])
+    assert lane.runs[0]["tokens_per_second"] == pytest.approx(6 / 17)
+    assert [request.adapter_id for request in lane.times] == [1, 2, 1]
+
+
+def test_rows_take_turns_and_the_one_that_is_behind_goes_next():
+    order, workload = [], [([1], 4), ([2], 4)]
+    lanes = [bench.Lane(Engine(served_model([]), slots=1)) for _ in range(2)]
+    seconds = {lanes[0].engine: 1.0, lanes[1].engine: 2.5}
+
+    def timed(engine):
+        order.append(seconds[engine])
+        return engine.step(), seconds[engine]
+
+    bench.run_in_turns(lanes, workload, [0, 0], timed)
+    assert order == [1.0, 2.5] * 8                      # all at once: step by step
+    order.clear()
+    bench.run_in_turns(lanes, workload, [0, 1], timed)
+    assert order[:7] == [1.0, 2.5, 1.0, 1.0, 2.5, 1.0, 1.0]   # by the clocks: 1, 2.5, 2, 3, 5, ...
+
+
+def test_a_ratio_pairs_the_same_steps_and_single_slow_steps_count_for_little():
+    base = [(1 + i % 7, i % 10 == 0) for i in range(200)]
+    row = [(1.25 * seconds, prompts) for seconds, prompts in base]
+    assert bench.ratio(base, row) == pytest.approx((0.8,) * 3)
+    row[33] = (500, False)
+    assert bench.ratio(base, row) == pytest.approx((0.8,) * 3)
+    rng = np.random.default_rng(0)
+    noisy = [(1.25 * s * rng.lognormal(0, 0.1), p) for s, p in base]
+    found, low, high = bench.ratio(base, noisy)
+    assert low < 0.8 < high and low < found < high and 0.01 < high - low < 0.06
+    assert bench.ratio(base[1:], row[:-1])[2] > 0.9     # another step's base is seen
+
+
+def test_c1_and_c2_are_seconds_per_multiply_add(monkeypatch):
+    """d = 32, k = 48: the two bmm of 5 x 2 tokens take 800 of them at rank 1, the matmul 15,360."""
+    times = iter([3.0, 2.0])
+    monkeypatch.setattr(bench, "seconds", lambda f, device: next(times))
+    found = bench.predict_inflection(flora.AdapterLinear(32, 48), 5, 2, torch.device("cpu"),
+                                     torch.float32)
+    assert (found["c1"], found["c2"]) == pytest.approx((3 / 800, 2 / 15360))
+
+
+def test_ranks_are_told_apart_by_the_intervals():
+    ratios = [dict(against="lora-token", rank=rank, low=low, high=high)
+              for rank, low, high in [(1, 1.01, 1.03), (2, 0.99, 1.02), (4, 0.9, 0.95)]]
+    assert bench.told_apart(ratios, "lora-token") == (1, 4)
+    assert bench.told_apart(ratios, "lora-example") == (0, float("inf"))
