@@ -422,23 +422,45 @@ SMALL = {
 }
 
 
+def assert_ran(script, out, printed, flag, value):
+    """A flag that was taken is a number that can be one, and counts; what was asked for is there."""
+    assert 0 <= float(value) < float("inf")
+    if script is train:
+        report = json.loads((out / "log.json").read_text())
+        key = flag[2:].replace("-", "_")
+        assert key not in report or report[key] == float(value)
+        assert all(math.isfinite(point["heldout_loss"]) for point in report["log"])
+        tensors = load_file(report["adapter_file"])
+        assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
+    elif script is generate:
+        assert printed.startswith("a") and len(printed) > 2
+    else:
+        rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+        assert {row["baseline"] for row in rows} >= {"base", "ia3"}
+        assert all(0 < row["tokens_per_second"] < float("inf") for row in rows)
+
+
 @pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 def test_impossible_flags_give_a_right_result_or_one_sentence(
         script, tiny_folder, tmp_path, monkeypatch, capsys):
     rng = random.Random(script.__name__)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(bench, "measure_limits", lambda *_: (1e10, 1e11))   # seconds, each time
-    for flag in FLAGS[script]:
-        for value in rng.sample(FLAG_VALUES, 4):
-            argv = SMALL[script](tiny_folder, tmp_path / "out") + [flag, value]
-            monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            with bounded():
-                try:
-                    run_main(script.main)
-                except SystemExit as e:
-                    error = capsys.readouterr().err
-                    told = f"{flag} {value}: {e.code} {error}"
-                    assert e.code == 2 and "error: " in error.splitlines()[-1], told
-                except Exception as e:
-                    raise AssertionError(f"{flag} {value}: {type(e).__name__}: {e}") from e
+    tried = [(flag, value) for flag in FLAGS[script] for value in rng.sample(FLAG_VALUES, 4)]
+    ran = []
+    for flag, value in [("--seed", "3"), *tried]:
+        argv = SMALL[script](tiny_folder, tmp_path / "out") + [flag, value]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with bounded():
+            try:
+                run_main(script.main)
+                ran.append((flag, value))
+                assert_ran(script, tmp_path / "out", capsys.readouterr().out, flag, value)
+            except SystemExit as e:
+                error = capsys.readouterr().err
+                told = f"{flag} {value}: {e.code} {error}"
+                assert e.code == 2 and "error: " in error.splitlines()[-1], told
+            except Exception as e:
+                raise AssertionError(f"{flag} {value}: {type(e).__name__}: {e}") from e
+    assert ("--seed", "3") in ran   # what the others change is right
