@@ -277,6 +277,8 @@ def read_result(file):
     if not ranks:
         raise BadInput(f"--plot {file}: holds no throughput of flora and lora-token; measure them "
                        "with --mode throughput --json FILE")
+    if min(speed.values()) <= 0:
+        raise BadInput(f"--plot {file}: holds tokens_per_second that are not above 0")
     return result, speed, ranks
 
 

@@ -52,9 +52,10 @@ class StarCoderFolder:
         if ends:   # otherwise, where none can come, what the file says stays
             found["eos_token_id"] = ends if isinstance(values["eos_token_id"], list) else ends[0]
         config = config_class(**found)
-        if config.layer_norm_epsilon < 0:
-            raise BadInput(f"{file}: {keys['layer_norm_epsilon']} is {config.layer_norm_epsilon}, "
-                           "but must not be negative")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            if getattr(config, name) < 0:
+                raise BadInput(f"{file}: {keys[name]} is {getattr(config, name)}, "
+                               "but must not be negative")
         return config
 
     @classmethod
@@ -76,7 +77,7 @@ class StarCoderFolder:
 def read_config(folder, model_class):
     """The config of a folder. model_class: from a model_type to the class of its models."""
     file = os.path.join(existing_folder(folder), "config.json")
-    values = read_json(file)
+    values = read_json(file, {"model_type?": str})
     try:
         family = model_class(values.get("model_type"))
     except BadInput as e:

@@ -105,9 +105,15 @@ def difference(made, now):
     for name, value in now.items():
         if name in made and made[name] != value:
             if name in CONTENT:
-                return f"{CONTENT[name]} (fingerprint {made[name]}, not {value})"
-            return f"--{name.replace('_', '-')} {made[name]}, not {value}"
+                return f"{CONTENT[name]} (fingerprint {shown(made[name])}, not {shown(value)})"
+            return f"--{name.replace('_', '-')} {shown(made[name])}, not {shown(value)}"
     return None
+
+
+def shown(value):
+    """A value in a sentence, which a damaged file must not make endless."""
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def peak_memory(device):
