@@ -3,7 +3,11 @@ import json
 
 import pytest
 
+import bench
+from generate import Engine
+from model import GPT
 from plumbing.tests.conftest import script
+from plumbing.workload import make_workload
 
 ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_second",
             "ratio_to_base", "ratio_to_base_low", "ratio_to_base_high",
@@ -12,9 +16,9 @@ ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_se
 
 
 def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
-    run = script("bench.py", "--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5,
-                 "--scale", 0.02, "--repeats", 1, "--slots", 2, "--num-adapters", 3,
-                 "--request-rate", 500, cwd=tmp_path)
+    flags = ["--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5, "--scale", 0.02,
+             "--repeats", 1, "--slots", 2, "--num-adapters", 3, "--request-rate", 500]
+    run = script("bench.py", *flags, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "out" / "bench_cpu.json").read_text())
     # two modes; base and ia3; FLoRA and two LoRAs at two ranks
@@ -22,6 +26,20 @@ def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
     assert {row["baseline"] for row in result["rows"]} == {
         "base", "ia3", "flora", "lora-example", "lora-token"}
     check_bench_result(result, run.stdout, tmp_path)
+    steps = steps_of_an_engine(bench.parse_args(list(map(str, flags))))   # without the warm-up's
+    assert all(row["steps"] == steps for row in result["rows"] if row["mode"] == "throughput")
+
+
+def steps_of_an_engine(args):
+    """How many steps an Engine takes to serve bench.py's workload."""
+    model, steps = GPT.from_pretrained(args.weights), 0
+    engine = Engine(model, slots=args.slots)
+    for prompt, output in make_workload(args, model.config):
+        engine.submit(prompt, max_new_tokens=output)
+    while engine.busy:
+        engine.step()
+        steps += 1
+    return steps
 
 
 def check_bench_result(result, printed, folder):
