@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from flora import AdapterLinear, gather
 from plumbing import folders
 from plumbing.files import BadInput
+from plumbing.fingerprint import fingerprints
 from plumbing.registry import extra, find
 from plumbing.tokenizer import Tokenizer  # noqa: F401, a folder holds both
 
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         return self.wte(ids) + (wpe.weight[:ids.shape[1]] if positions is None else wpe(positions))
 
     def cache_access(self, x, kv_cache, positions):
-        """The CacheAccess of x [B, T, C] at positions [B, T]; without one of both, prefill."""
+        """The CacheAccess of x [B, T, C] at positions [B, T]; prefill if either is None."""
         if positions is None or kv_cache is None:
             return CacheAccess()
         row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
@@ -291,29 +292,23 @@ class GPT(nn.Module):
 
     @cached_property
     def fingerprints(self):
-        """(the fingerprint, and that of adapter files from before 30 November 2026)"""
-        return folders.fingerprints(self.base_parameters())
+        """Of its weights as they were stored: the fingerprint, and that of older adapter files."""
+        return fingerprints(self.base_parameters())
 
     @property
     def fingerprint(self):
-        """16 hexadecimal digits that tell this base model from others, from its weights as they
-        were stored, so that a load in another dtype keeps it."""
+        """16 hexadecimal digits that tell this base model from others, whatever its dtype now."""
         return self.fingerprints[0]
 
     @staticmethod
     def from_pretrained(folder, device="cpu", dtype=torch.float32):
         """Load a Hugging Face folder of StarCoder's family, or of one in extras/, in `dtype`.
-
-        Raises BadInput, naming the file or key, for what is missing, misshaped or not supported.
-        """
+        BadInput names the file or key that is missing, misshaped or not supported."""
         return folders.load(folder, read_config(folder), model_from_config, device, dtype)
 
     def save_pretrained(self, folder, dtype=None):
-        """Write config.json and model.safetensors that Hugging Face transformers opens.
-
-        dtype: the stored one (None keeps the model's). Adapters are not written: merge one first,
-        or use flora.save_adapter.
-        """
+        """Write config.json and model.safetensors that Hugging Face transformers opens, in `dtype`
+        (None: the model's). Adapters are not written: merge one first, or flora.save_adapter."""
         folders.save(self, folder, dtype)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import BadInput, check, existing_file
+from plumbing.files import BadInput, check_json, check_weights, existing_file
 from plumbing.flags import EMBEDDED
 from plumbing.outputs import open_output
 from plumbing.processes import RANK, say
@@ -69,8 +69,8 @@ def interrupted_at(step, loop):
     raise KeyboardInterrupt
 
 
-CHECKPOINT = {"step": int, "trained": {}, "optimizer": {}, "args": {},
-              "log": [{"step": int, "heldout_loss": float, "seconds": float}]}
+CHECKPOINT = {"step": int, "trained": {}, "optimizer": {}, "args": {"steps": int},
+              "log": [{"step": int, "loss?": float, "heldout_loss": float, "seconds": float}]}
 
 
 def load_checkpoint(file):
@@ -81,7 +81,7 @@ def load_checkpoint(file):
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start "
                        "again") from e
-    check(checkpoint, CHECKPOINT, file)
+    check_json(checkpoint, CHECKPOINT, file)
     if any(isinstance(value, torch.Tensor) for value in checkpoint["args"].values()):
         raise BadInput(f"{file}: not a readable checkpoint (a tensor stands among its flags); "
                        "delete it to start again")
@@ -97,6 +97,7 @@ def restore(checkpoint, parameters, optimizer):
                        "its parameters do not fit; give the flags it was made with, or another "
                        "--out")
     for name, parameter in parameters.items():
+        check_weights(name, trained[name], "the checkpoint")
         parameter.data.copy_(trained[name])
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])

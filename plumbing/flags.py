@@ -91,17 +91,17 @@ def set_up(model, args):
 
 
 def run_main(main):
-    """Run a script's main(): bad input is one sentence and exit status 2, Ctrl-C is status 130, and
-    a reader of the output that goes away, as head does, is status 141. What the output's encoding
-    lacks is printed as an escape."""
+    """Run a script's main(): bad input is one sentence and exit status 2, a loss that is not finite
+    one and status 1, Ctrl-C is status 130, and a reader of the output that goes away, as head does,
+    is status 141. What the output's encoding lacks is printed as an escape."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except BadInput as e:
+    except (BadInput, FloatingPointError) as e:
         print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(e, BadInput) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -2,7 +2,6 @@
 
 Text is shown as it comes: what is printed only ever grows, and at the end is the text reported.
 """
-import os
 import sys
 
 from plumbing.files import BadInput
@@ -23,11 +22,6 @@ def read_prompts(args):
     if len(prompts) == 1:
         prompts = prompts * len(names)
     return prompts, one_each(names, len(prompts), "--adapter")
-
-
-def is_blend(name):
-    """Whether a name is no file but 'FILE*WEIGHT + FILE*WEIGHT', of extras/blend.py."""
-    return not os.path.exists(name) and ("*" in name or "+" in name)
 
 
 def one_each(values, n, what):
@@ -97,12 +91,12 @@ def certain_text(tokenizer, ids, stops=()):
     n = len(ids)
     while n and ids[n - 1] in tokenizer.byte_ids:
         n -= 1
-    text = cut_at_stop(new_text(tokenizer, ids[:n]).rstrip("\ufffd"), stops)
-    longest = max(map(len, stops), default=0)
-    for start in range(max(0, len(text) - longest), len(text)):
+    text = new_text(tokenizer, ids[:n]).rstrip("\ufffd")
+    end, longest = len(cut_at_stop(text, stops)), max(map(len, stops), default=0)
+    for start in range(max(0, len(text) - longest), end):
         if any(stop.startswith(text[start:]) for stop in stops):
             return text[:start]
-    return text
+    return text[:end]
 
 
 def stop_check(tokenizer, stops):

@@ -51,7 +51,7 @@ def describe_machine(device):
 
 
 def digest(*parts):
-    """16 hexadecimal digits for texts or bytes, in this order: others have others."""
+    """16 hexadecimal digits for texts or bytes in this order; different inputs give others."""
     total = hashlib.sha256()
     for part in parts:
         part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -105,9 +105,15 @@ def difference(made, now):
     for name, value in now.items():
         if name in made and made[name] != value:
             if name in CONTENT:
-                return f"{CONTENT[name]} (fingerprint {made[name]}, not {value})"
-            return f"--{name.replace('_', '-')} {made[name]}, not {value}"
+                return f"{CONTENT[name]} (fingerprint {shown(made[name])}, not {shown(value)})"
+            return f"--{name.replace('_', '-')} {shown(made[name])}, not {shown(value)}"
     return None
+
+
+def shown(value):
+    """A value in a sentence, which a damaged file must not make endless."""
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def peak_memory(device):

@@ -1,5 +1,6 @@
 """What stands in extras/ is found by its name in a flag or a file; the core knows none of it."""
 import importlib
+import os
 
 from plumbing.files import BadInput
 
@@ -24,3 +25,8 @@ def find(name, known, attribute, sentence):
         return getattr(extra(name, name) if name.isidentifier() else None, attribute)
     except (BadInput, AttributeError):
         raise BadInput(sentence) from None
+
+
+def is_blend(name):
+    """Whether a name is no file but 'FILE*WEIGHT + FILE*WEIGHT', of extras/blend.py."""
+    return not os.path.exists(name) and ("*" in name or "+" in name)

@@ -1,4 +1,6 @@
 """What --rank and --targets ask of a kind of adapter and a model: which layers, or a refusal."""
+import reprlib
+
 from plumbing.files import BadInput
 
 
@@ -6,8 +8,8 @@ def check_rank(kind, rank):
     """The rank of an adapter of this kind; BadInput unless it can be one."""
     if kind.fixed_rank:
         return kind.fixed_rank
-    if type(rank) is not int or rank < 1:
-        raise BadInput(f"rank is {rank!r}; use a whole number of at least 1")
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise BadInput(f"rank is {reprlib.repr(rank)}; use a whole number of at least 1")
     return rank
 
 

@@ -2,13 +2,15 @@
 
 Seeded and bounded. A mutation replaces or removes one value of JSON, cuts or changes bytes, or puts
 a folder or a pipe in the place of a file. Nothing may end in another exception, take longer than a
-few seconds or more memory than HEADROOM.
+few seconds or more memory than HEADROOM. Whoever uses a file says what it promises of one that it
+takes: mostly that what it holds is what stands there, read here in another way.
 """
 import argparse
 import contextlib
 import copy
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -18,6 +20,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bench
@@ -127,7 +130,6 @@ def damage(file, rng):
 
 def damage_tensors(file, rng):
     """Another type, shape or value of one tensor, or other metadata, in a well-formed file."""
-    from safetensors import safe_open
     with safe_open(file, "pt") as f:
         metadata = dict(f.metadata() or {})
     tensors = load_file(file)
@@ -154,16 +156,63 @@ def damage_tensors(file, rng):
 
 
 def load_folder(folder):
+    """The model has every number of config.json and every stored tensor, and speaks its tokens."""
     model = GPT.from_pretrained(folder)
     tokenizer = Tokenizer(folder)
+    for key, value in json.loads((folder / "config.json").read_text()).items():
+        if type(value) in (int, float) and hasattr(model.config, key) and "token_id" not in key:
+            assert getattr(model.config, key) == value, key
+    stored = {}
+    for file in folder.glob("*.safetensors"):
+        stored |= load_file(file)
+    for name, parameter in model.base_parameters().items():
+        assert torch.equal(parameter, stored[name].float()) and parameter.isfinite().all(), name
     prompt = tokenizer.encode("def f(")
-    generate.generate(model, [prompt], max_new_tokens=2, eos_id=tokenizer.eos_ids)
+    new = generate.generate(model, [prompt], max_new_tokens=2, eos_id=tokenizer.eos_ids)[0]
+    assert prompt and new and 0 <= min(prompt + new) <= max(prompt + new) < model.config.vocab_size
 
 
 def make_adapter_file(folder):
     model = tiny_model()
     adapter_id = random_adapter(model, "flora", 2)
     flora.save_adapter(model, adapter_id, folder / "a.safetensors", {"steps": 3})
+
+
+def load_adapter(folder):
+    """It is finite, and what its own metadata and tensors say."""
+    model, file = tiny_model(), folder / "a.safetensors"
+    adapters = flora.adapters_of(model, flora.load_adapter(model, file))
+    with safe_open(file, "pt") as f:
+        said = json.loads(f.metadata()["flora_adapter"])
+    for adapter in adapters.values():
+        assert (adapter.kind, adapter.rank, adapter.alpha) == (
+            said["kind"], said["rank"], said["alpha"])
+    assert {a.target for a in adapters.values()} == set(said["targets"])
+    assert said["base"] == model.fingerprint and math.isfinite(said["alpha"])
+    assert_holds(flora.adapter_parameters(model, 1), load_file(file))
+
+
+def assert_holds(parameters, stored):
+    """{name: Parameter} and {name: tensor} are the same, and finite."""
+    assert parameters.keys() == stored.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, stored[name].float()) and parameter.isfinite().all(), name
+
+
+def load_peft_folder(folder):
+    """The factors are the stored ones, scaled as adapter_config.json says."""
+    model = tiny_model()
+    adapters = flora.adapters_of(model, flora.load_adapter(model, folder))
+    said = json.loads((folder / "adapter_config.json").read_text())
+    stored, held = load_file(folder / "adapter_model.safetensors"), {}
+    root = 0.5 if said.get("use_rslora") else 1
+    for name, adapter in adapters.items():
+        assert adapter.kind == said["peft_type"].lower() and adapter.rank == said.get("r", 8)
+        assert adapter.alpha / adapter.rank == pytest.approx(
+            said.get("lora_alpha", 8) / adapter.rank**root)
+        held[f"base_model.model.{name}.lora_A.weight"] = adapter.B.T
+        held[f"base_model.model.{name}.lora_B.weight"] = adapter.A.T
+    assert_holds(held, stored)
 
 
 def make_peft_folder(folder):
@@ -186,6 +235,16 @@ def make_run(folder):
     (folder / "log.json").write_text(json.dumps(report))
 
 
+def draw_run(folder):
+    """A picture is drawn."""
+    extra("curves", "--plot").plot([str(folder / "log.json")], str(folder / "plot.png"))
+    assert_png(folder / "plot.png")
+
+
+def assert_png(file):
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
 MADE_WITH = {"base": "b", "steps": 3, "rank": 1}   # what the run of the checkpoint was given
 
 
@@ -200,12 +259,20 @@ def make_checkpoint(folder):
 
 
 def resume(folder):
+    """The parameters, the step and the log are those of the checkpoint, whose run was given what
+    this one is; none is a start at 0."""
     parameters = {"h.0.A": torch.nn.Parameter(torch.zeros(2, 3))}
     args = argparse.Namespace(out=str(folder), resume=True, made_with=MADE_WITH)
     checkpoint = open_checkpoint(args)
     if checkpoint:
         check_same(checkpoint, args)
-        restore(checkpoint, parameters, torch.optim.AdamW(parameters.values(), lr=0.1))
+        found = restore(checkpoint, parameters, torch.optim.AdamW(parameters.values(), lr=0.1))
+        stored = torch.load(folder / "checkpoint.pt", weights_only=True)
+        assert found == (stored["step"], stored["log"])
+        assert MADE_WITH | stored["args"] == MADE_WITH   # an earlier version's lacks some
+        assert_holds(parameters, stored["trained"])
+    else:
+        assert not (folder / "checkpoint.pt").exists()
 
 
 def make_lines(folder):
@@ -214,14 +281,25 @@ def make_lines(folder):
     (folder / "in.json").write_text("\n".join(map(json.dumps, lines)))
 
 
+TOKENS = {}   # {a line of requests: its tokens}
+
+
 def use_lines(folder):
-    """Requests that name what is impossible fail alone; a file that is none is a BadInput."""
+    """Each line has a result: the tokens that such a line gets in any file, or an error of its
+    own. A file that is none is a BadInput."""
     out = folder / "out.jsonl"
     out.unlink(missing_ok=True)   # earlier results would be compared, and nothing run
     argv = ["--weights", str(TINY), "--requests", str(folder / "in.json"), "--results", str(out)]
     args = generate.parse_args(argv)
     extra("requests", "--requests").serve(args)
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    lines = (folder / "in.json").read_text().splitlines()
+    rows = {row["line"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert rows.keys() == {number for number, line in enumerate(lines, 1) if line.strip()}
+    for number, row in rows.items():
+        tokens = (row["tokens"], row["error"])
+        assert TOKENS.setdefault(lines[number - 1], tokens) == tokens
+        assert row["error"] or 0 < len(row["tokens"]) <= json.loads(lines[number - 1]).get(
+            "max_new_tokens", 64)
 
 
 def make_results(folder):
@@ -239,6 +317,12 @@ def use_results(folder, out=None):
     assert {json.loads(line)["line"] for line in out.read_text().splitlines()} == {1, 2}
 
 
+def draw_conversations(folder):
+    """As many as are asked for, of the paper's lengths."""
+    pairs = dataset_prompts(str(folder / "shared.json"), 2, 0, None)
+    assert len(pairs) == 2 and all(50 <= sum(pair) <= 2000 and min(pair) > 0 for pair in pairs)
+
+
 def make_conversations(folder):
     text = "word " * 60
     entries = [{"conversations": [{"value": text}, {"value": text}, {"value": ""}]}] * 3
@@ -254,10 +338,26 @@ def make_bench_result(folder):
         eq7={"predicted": {"inflection_rank": 2.0}, "measured": {}})))
 
 
+def draw_results(folder):
+    """A picture is drawn."""
+    draw_together([str(folder / "bench.json")], str(folder / "plot.png"))
+    assert_png(folder / "plot.png")
+
+
 def make_problems(folder):
     problem = {"name": "a", "language": "py", "prompt": "def f():\n", "tests": "assert f()",
                "stop_tokens": ["x"]}
     (folder / "p.json").write_text(json.dumps([problem]))
+
+
+def use_problems(folder):
+    """A problem is the one that stands there."""
+    problems = read_problems(str(folder / "p.json"))
+    stored = json.loads((folder / "p.json").read_text(encoding="utf-8-sig"))
+    for problem, given in zip(problems, stored, strict=True):
+        assert (problem.name, problem.prompt, problem.tests) == (
+            given["name"], given["prompt"], given["tests"])
+        assert problem.stops == given.get("stop_tokens", []) and problem.language == "py"
 
 
 KINDS = {   # of files: how a folder of them is made, and used
@@ -265,19 +365,15 @@ KINDS = {   # of files: how a folder of them is made, and used
     "a Llama folder": (
         lambda f: shutil.copytree(FIXTURES / "tiny_llama3", f, dirs_exist_ok=True), load_folder),
     "shards and an index": (make_sharded, load_folder),
-    "an adapter": (
-        make_adapter_file, lambda f: flora.load_adapter(tiny_model(), f / "a.safetensors")),
-    "a PEFT folder": (make_peft_folder, lambda f: flora.load_adapter(tiny_model(), f)),
-    "a report of a run": (make_run, lambda f: extra("curves", "--plot").plot(
-        [str(f / "log.json")], str(f / "plot.png"))),
+    "an adapter": (make_adapter_file, load_adapter),
+    "a PEFT folder": (make_peft_folder, load_peft_folder),
+    "a report of a run": (make_run, draw_run),
     "a checkpoint": (make_checkpoint, resume),
     "requests": (make_lines, use_lines),
     "results": (make_results, use_results),
-    "conversations": (
-        make_conversations, lambda f: dataset_prompts(str(f / "shared.json"), 2, 0, None)),
-    "a result of bench.py": (make_bench_result, lambda f: draw_together(
-        [str(f / "bench.json")], str(f / "plot.png"))),
-    "problems": (make_problems, lambda f: read_problems(str(f / "p.json"))),
+    "conversations": (make_conversations, draw_conversations),
+    "a result of bench.py": (make_bench_result, draw_results),
+    "problems": (make_problems, use_problems),
 }
 
 
@@ -326,23 +422,45 @@ SMALL = {
 }
 
 
+def assert_ran(script, out, printed, flag, value):
+    """A flag that was taken is a number that can be one, and counts; what was asked for is there."""
+    assert 0 <= float(value) < float("inf")
+    if script is train:
+        report = json.loads((out / "log.json").read_text())
+        key = flag[2:].replace("-", "_")
+        assert key not in report or report[key] == float(value)
+        assert all(math.isfinite(point["heldout_loss"]) for point in report["log"])
+        tensors = load_file(report["adapter_file"])
+        assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
+    elif script is generate:
+        assert printed.startswith("a") and len(printed) > 2
+    else:
+        rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+        assert {row["baseline"] for row in rows} >= {"base", "ia3"}
+        assert all(0 < row["tokens_per_second"] < float("inf") for row in rows)
+
+
 @pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 def test_impossible_flags_give_a_right_result_or_one_sentence(
         script, tiny_folder, tmp_path, monkeypatch, capsys):
     rng = random.Random(script.__name__)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(bench, "measure_limits", lambda *_: (1e10, 1e11))   # seconds, each time
-    for flag in FLAGS[script]:
-        for value in rng.sample(FLAG_VALUES, 4):
-            argv = SMALL[script](tiny_folder, tmp_path / "out") + [flag, value]
-            monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            with bounded():
-                try:
-                    run_main(script.main)
-                except SystemExit as e:
-                    error = capsys.readouterr().err
-                    told = f"{flag} {value}: {e.code} {error}"
-                    assert e.code == 2 and "error: " in error.splitlines()[-1], told
-                except Exception as e:
-                    raise AssertionError(f"{flag} {value}: {type(e).__name__}: {e}") from e
+    tried = [(flag, value) for flag in FLAGS[script] for value in rng.sample(FLAG_VALUES, 4)]
+    ran = []
+    for flag, value in [("--seed", "3"), *tried]:
+        argv = SMALL[script](tiny_folder, tmp_path / "out") + [flag, value]
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *argv])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with bounded():
+            try:
+                run_main(script.main)
+                ran.append((flag, value))
+                assert_ran(script, tmp_path / "out", capsys.readouterr().out, flag, value)
+            except SystemExit as e:
+                error = capsys.readouterr().err
+                told = f"{flag} {value}: {e.code} {error}"
+                assert e.code == 2 and "error: " in error.splitlines()[-1], told
+            except Exception as e:
+                raise AssertionError(f"{flag} {value}: {type(e).__name__}: {e}") from e
+    assert ("--seed", "3") in ran   # what the others change is right

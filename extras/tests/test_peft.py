@@ -272,6 +272,7 @@ def test_rslora_divides_alpha_by_the_root_of_the_rank(tiny, golden, tmp_path):
     (dict(r=3), "c_attn.lora_A.weight has shape [2, 24], this model needs [3, 24]"),
     (dict(r=None), "adapter_config.json: rank is None; use a whole number"),
     (dict(lora_alpha="8"), "lora_alpha is '8'; it must be a number"),
+    (dict(lora_alpha=float("nan")), "lora_alpha is nan; it must be a number"),
 ])
 def test_what_a_peft_folder_asks_and_we_lack_is_refused_by_name(
         tiny, golden, tmp_path, changes, sentence):

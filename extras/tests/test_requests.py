@@ -22,7 +22,7 @@ from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, run_main
 from plumbing.tests.conftest import script, write_jsonl
 from plumbing.tokenizer import Tokenizer
-from test_flora import FIXTURES, HERE, trained
+from test_flora import FIXTURES, HERE, run_script, trained
 
 
 def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
@@ -273,3 +273,14 @@ def test_a_request_that_cannot_be_run_fails_alone(bad, sentence, tiny_requests, 
     serve(*flags)
     printed = capsys.readouterr().err
     assert "2 requests, 1 failed" in printed and "0 requests" in printed
+
+
+def test_lines_without_a_seed_draw_apart_and_can_be_drawn_again(tiny_folder, tmp_path, monkeypatch):
+    file, results = write_jsonl(tmp_path / "in.jsonl", 4 * [{"prompt": "int a", "temperature": 1.0}]), []
+    for i, more in enumerate(([], ["--slots", 1], ["--seed", 1])):
+        out = tmp_path / f"{i}.jsonl"
+        run_script(generate.main, ["generate.py", "--weights", tiny_folder, "--requests", file, "--results", out,
+                                   "--max-new-tokens", 12, *more], monkeypatch)
+        rows = sorted(map(json.loads, out.read_text().splitlines()), key=lambda row: row["line"])
+        results.append([tuple(row["tokens"]) for row in rows])
+    assert len(set(results[0] + results[2])) == 8 and results[0] == results[1]

@@ -6,7 +6,8 @@ import pytest
 from plumbing.tests.conftest import script
 
 ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_second",
-            "ratio_to_base", "ratio_to_base_low", "ratio_to_base_high", "seconds_per_output_token_mean", "seconds_per_output_token_p50",
+            "ratio_to_base", "ratio_to_base_low", "ratio_to_base_high",
+            "seconds_per_output_token_mean", "seconds_per_output_token_p50",
             "seconds_per_output_token_p99", "time_to_first_token_mean", "time_to_first_token_p99"}
 
 

@@ -1,15 +1,19 @@
 """Prompts, stops and what is printed."""
 import json
+import random
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import generate
 from model import GPT
-from plumbing.prompts import truncate
+from plumbing.flags import EMBEDDED
+from plumbing.prompts import TextPrinter, encode_prompt, stop_check, truncate
 from plumbing.tokenizer import Tokenizer
-from test_flora import run_script
+from test_flora import FIXTURES, TINY, run_script
 
 
 def test_generate_reads_files_and_standard_input_and_stops_where_told(
@@ -69,3 +73,46 @@ def test_a_prompt_that_cannot_be_run_fails_alone(tiny_folder, tmp_path, monkeypa
     model, tokenizer = GPT.from_pretrained(tiny_folder), Tokenizer(tiny_folder)
     alone = generate.generate(model, [tokenizer.encode("int b")], max_new_tokens=3)
     assert rows[3]["tokens"] == alone[0] and rows[1]["tokens"] == rows[2]["tokens"] == []
+
+
+@pytest.mark.parametrize("folder", [TINY, Path(EMBEDDED), FIXTURES / "tiny_llama"],
+                         ids=lambda folder: folder.name)
+@pytest.mark.parametrize("longest", [0, 2, 9])
+def test_what_is_printed_only_ever_grows_and_is_what_is_reported(folder, longest, capsys):
+    """300 random texts, with rare characters, and stops that come early, late or never."""
+    tokenizer, rng = Tokenizer(folder), random.Random(longest)
+    letters = "ab \n" + "é漢🙂\ufffd"
+    for _ in range(300):
+        text = "".join(rng.choices(letters, k=rng.randrange(1, 30)))
+        start = rng.randrange(len(text))
+        stops = [text[start:start + longest], "".join(rng.choices("ab\n", k=longest or 1))]
+        stops = [stop for stop in stops if stop] if longest else []
+        stopped, ids = stop_check(tokenizer, stops), []
+        printer, shown = TextPrinter(tokenizer, ["x"], stops), "x"
+        for token in tokenizer.encode(text):
+            ids.append(token)
+            printer.show(0, ids)
+            shown += capsys.readouterr().out.removeprefix("x" if len(ids) == 1 else "")
+            if stopped and stopped(ids):
+                break
+        reported = printer.end(0, SimpleNamespace(ids=ids, error=None))
+        assert shown + capsys.readouterr().out == "x" + reported + "\n"
+        assert not any(stop in reported for stop in stops)
+
+
+def test_a_prompt_that_fits_is_never_cut_and_the_tokens_of_fim_stay():
+    """Of 20 tokens 5 are for the new ones: the prompt loses its start, the suffix its end."""
+    tokenizer = Tokenizer(TINY)
+    before, between, after = tokenizer.fim_ids
+    short, long = tokenizer.encode("1234"), tokenizer.encode("0123456789" * 3)
+    assert len(short) == 4 and len(long) == 30
+    for new in (5, 16, 600):
+        assert encode_prompt(tokenizer, "1234", None, 20, new) == short
+    assert encode_prompt(tokenizer, "0123456789" * 3, None, 20, 5) == long[-15:]
+    assert encode_prompt(tokenizer, "0123456789" * 3, None, 20, 600) == long[-10:]
+    fim = [before, *short, between, *short, after]
+    assert encode_prompt(tokenizer, "1234", "1234", 20, 19) == fim
+    cut = encode_prompt(tokenizer, "0123456789" * 3, "0123456789" * 3, 20, 5)
+    assert cut == [before, *long[-6:], between, *long[:6], after]
+    cut = encode_prompt(tokenizer, "0123456789" * 3, "1234", 20, 5)
+    assert cut == [before, *long[-8:], between, *short, after]

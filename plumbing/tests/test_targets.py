@@ -12,6 +12,7 @@ from test_flora import tiny_model
     ("lora", 1, ["attn"], "unknown target 'attn'; use one of c_attn"),
     ("flora", 0, None, "rank is 0; use a whole number of at least 1"),
     ("lora", 1.5, None, "rank is 1.5; use a whole number"),
+    ("lora", 10**30, None, "rank is 10.*; use a whole number"),
     ("flora", 1, ["wq"], "unknown target 'wq'; use one of c_attn, c_attn.qk.*or all"),
     ("flora", 1, ["q_proj"],
      "unknown target 'q_proj'; use one of c_attn, c_attn.qk, .*mlp.c_proj, or all"),
