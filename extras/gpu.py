@@ -202,7 +202,8 @@ def main():
     add("--out", metavar="FOLDER", default=os.path.join("out", "gpu"), help="of gpu.json and what each part wrote")
     args = parser.parse_args()
     check_numbers(args, above_0=["minutes"])
-    args.out, args.device = os.path.abspath(args.out), "cpu" if args.rehearse else "cuda"
+    args.out, args.device = os.path.relpath(args.out, ROOT), "cpu" if args.rehearse else "cuda"
+    os.chdir(ROOT)   # commands are kept in the data, and name no folder of this machine but those in --out
     if not args.rehearse and not torch.cuda.is_available():
         raise BadInput("there is no GPU that torch can use here; --rehearse runs all of it with tiny sizes on the CPU")
     if not run_all(args):

@@ -34,6 +34,7 @@ def test_all_parts_run_in_a_rehearsal(tmp_path):
 def run(monkeypatch, tmp_path, parts, *flags):
     """Run with other parts -> gpu.json, the exit status."""
     monkeypatch.setattr(gpu, "parts_of", lambda args: parts)
+    monkeypatch.chdir(HERE)   # where it goes itself
     status = 0
     try:
         run_script(gpu.main, ["gpu", "--rehearse", "--out", tmp_path, *flags], monkeypatch)
@@ -95,6 +96,7 @@ def test_what_the_figures_say():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU: with one it would run")
 def test_without_a_gpu_it_says_what_can_be_had(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(HERE)
     with pytest.raises(SystemExit) as stop:
         run_script(gpu.main, ["gpu", "--out", tmp_path], monkeypatch)
     assert stop.value.code == 2 and "no GPU that torch can use here; --rehearse runs" in capsys.readouterr().err
