@@ -49,7 +49,7 @@ from plumbing.registry import extra
 from plumbing.timing import measure_limits, seconds, share_of_limits, synchronize
 from plumbing.workload import make_workload
 
-FREE = 0.97       # FLoRA counts as free at this share of the base model's tokens/s
+FREE = 0.97       # FLoRA counts as free at this ratio to the base
 
 
 # ---------------------------------------------------------------------------- the rows of the table
@@ -170,8 +170,8 @@ def logits_of(model, adapters, way, ids):
 
 
 class Lane:
-    """One row of the table as it is measured: an engine of its own, and a clock in seconds that only
-    its own steps advance. install() makes the shared model compute as this row does."""
+    """One row of the table as it is measured: an engine of its own, and a clock in seconds that
+    only its own steps advance. install() makes the shared model compute as this row does."""
 
     def __init__(self, engine, num_adapters=0, install=lambda: None):
         self.engine, self.num_adapters, self.install = engine, num_adapters, install
@@ -299,12 +299,15 @@ def result_row(bench, variant, lanes, mode, rate, warm_up):
         prefill_step_seconds=float(np.median(steps[True])), steps=len(lane.steps))
 
 
-def compare(lanes, rate=None):
-    """[FLoRA beside each LoRA of its rank, with the interval of their ratio]"""
-    return [dict(row="flora", rank=rank, against=name, **dict(zip(
-                ("ratio", "low", "high"), ratio(pairs_of(lane, rate), pairs_of(mine, rate)))))
-            for (name, rank), lane in lanes.items() if name.startswith("lora")
-            for mine in [lanes.get(("flora", rank))] if mine]
+def compare(lanes):
+    """[FLoRA's steps beside those of each LoRA of its rank, with the interval of their ratio]"""
+    found = []
+    for (name, rank), lane in lanes.items():
+        if name.startswith("lora") and ("flora", rank) in lanes:
+            times = ratio(lane.steps, lanes["flora", rank].steps)
+            found.append(dict(row="flora", rank=rank, against=name,
+                              **dict(zip(("ratio", "low", "high"), times))))
+    return found
 
 
 @dataclass
@@ -389,7 +392,7 @@ def bench_serving(bench):
     return results
 
 
-# ------------------------------------------------------------------------------- the two predictions
+# ----------------------------------------------------------------------------- the two predictions
 
 
 def benched_layer(model):
@@ -432,8 +435,8 @@ def measured_inflection(rows, lora):
 
 
 def told_apart(ratios, lora):
-    """(the last rank at which FLoRA is ahead of `lora` by more than the interval of `compare`, or 0;
-    the first at which `lora` is ahead of FLoRA, or infinity)"""
+    """(the last rank at which FLoRA is ahead of `lora` by more than the interval, or 0; the first
+    at which `lora` is ahead of FLoRA, or infinity)"""
     mine = [r for r in ratios if r["against"] == lora]
     return (max((r["rank"] for r in mine if r["low"] > 1), default=0),
             min((r["rank"] for r in mine if r["high"] < 1), default=float("inf")))
@@ -452,7 +455,7 @@ def free_rank(requests, balance):
 
 
 def measured_free_ranks(rows, name):
-    """The ranks at which `name` keeps FREE of the base's tokens/s; None if it has no rows."""
+    """The ranks at which `name` keeps FREE of the base's speed; None if it has no rows."""
     shares = throughput_of(rows, "ratio_to_base")
     shares = {rank: share for (row, rank), share in shares.items() if row == name}
     return [rank for rank, share in shares.items() if share >= FREE] if shares else None

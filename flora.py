@@ -4,9 +4,10 @@ the two methods that it is compared with: bmm-LoRA (App. B.1) and IA3 (end of §
 A frozen weight W0 [d, k] serves a batch in which every example, or every token, has an adapter i
 of its own. In the paper's shapes B_i is [d, r] and A_i is [r, k]:
 
-    LoRA   (Eq. 1)     W_i = W0 + (alpha / r) B_i A_i
-    FLoRA  (Eq. 2-5)   W_i = W0 ∘ (B_i A_i) / r             the identity is B_i A_i / r = 1
-    IA3    (§3.2)      y   = l_i ∘ (W0ᵀ x)                  FLoRA with B_i = 1, "rank 0.5"
+    LoRA   (§2.1)      W_i = W0 + (alpha / r) B_i A_i
+    FLoRA  (§3)        W_i = W0 ∘ (B_i A_i) / r             the identity is B_i A_i / r = 1
+    IA3    (§3.2)      y   = l_i ∘ (W0ᵀ x)                  FLoRA with B_i = 1, "rank 0.5";
+                                                            or, on the inputs, with A_i = 1
 
 PEFT names LoRA's factors the other way round: its lora_A is our Bᵀ, its lora_B our Aᵀ.
 
@@ -35,10 +36,10 @@ BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
 def flora_expand(x, times_W0, A, B, bias=None):
     """Eq. 6: Y = A ∘ ((B ∘ X) W0), and a bias. One shared matmul of r rows per token, no bmm.
 
-    x [..., d], A [..., r, k], B [..., r, d], bias [k] or [..., k] -> [..., k] in the widest dtype of
-    A, x and bias. times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold each
-    token's own adapter, as rows. For r > 1 the paper takes a mean over the r components; here it is
-    a sum, since FLoRA.scale has divided A by r: so one batch may pad several ranks with zeros.
+    x [..., d], A [..., r, k], B [..., r, d], bias [k] or [..., k] -> [..., k] in the widest of
+    their dtypes. times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold
+    each token's own adapter, as rows. For r > 1 the paper takes a mean over the r components; here
+    it is a sum, since FLoRA.scale has divided A by r: so one batch may pad ranks with zeros.
     """
     BX = (B * x.unsqueeze(-2)).to(x.dtype)                   # [..., r, d]
     XW = times_W0(BX)                                        # [..., r, k]
@@ -58,7 +59,7 @@ def flora_materialise(x, W0, A, B):
 
 
 def lora_bmm(y, x, A, B):
-    """App. B.1: y + (x B) A, the addend of Eq. 1, one adapter per example, by two torch.bmm, of
+    """App. B.1: y + (x B) A, LoRA's addend, one adapter per example, by two torch.bmm, of
     which the second adds y.
 
     y [b, T, k], x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k].
@@ -78,7 +79,7 @@ def inflection_rank(c1, c2, d, k):
     return 1 / (1 - share) if share < 1 else float("inf")
 
 
-# Cost of building W0 ∘ ΔW, in equivalent matmul rows, by device and bytes of a weight; below it
+# Cost of building W0 ∘ ΔW, in equivalent matmul rows, by device and bytes of x's dtype; below it
 # Eq. 6 is cheaper. CPU: measured at 768 to 6144 wide (142 to 297 rows, and 812 to 1,229), 2 cores.
 # Otherwise, as on CUDA: estimated from an H100's bandwidth and matmul rate.
 MATERIALISE_COST = {("cpu", 4): 256, ("cpu", 2): 1024}
@@ -160,7 +161,7 @@ class LowRank(Adapter):
 
 
 class FLoRA(LowRank):
-    """ΔW = B A / r (Eq. 2-5)."""
+    """ΔW = B A / r (§3)."""
     kind = "flora"
     learning_rate = 8e-3   # the paper's (App. A)
 
@@ -180,13 +181,14 @@ class FLoRA(LowRank):
         A, B = F.pad(self.A / self.rank, (lo, columns - hi)), self.B.T       # [r, columns], [r, d]
         if hi - lo == columns:
             return A, B
-        # B scales the inputs of all columns: one more component is the identity of the others
+        # B scales the inputs of all columns, those of others too (c_attn.k beside c_attn's): one
+        # more component is their identity, so the rank is r + 1
         outside = F.pad(torch.zeros_like(A[:1, lo:hi]), (lo, columns - hi), value=1.0)
         return torch.cat([A, outside]), torch.cat([B, torch.ones_like(B[:1])])
 
 
 class LoRA(LowRank):
-    """W0 + (alpha / r) B A (Eq. 1)."""
+    """W0 + (alpha / r) B A (§2.1)."""
     kind = "lora"
     learning_rate = 1e-3   # the paper's 1e-4 is for 1,500 steps of a 15B model
 
@@ -229,7 +231,7 @@ class IA3(Adapter):
 
 
 KINDS = {"flora": FLoRA, "lora": LoRA, "ia3": IA3}
-NO_ADAPTER = Adapter(0, None, 0, 0)   # what the base model's row of a Bank is made of
+NO_ADAPTER = Adapter(0, None, 0, 0)   # in the place of an id that a layer has no adapter of
 
 
 # ----------------------------------------------------------------- 3 one layer, many adapters
@@ -237,10 +239,9 @@ NO_ADAPTER = Adapter(0, None, 0, 0)   # what the base model's row of a Bank is m
 
 @dataclass(eq=False)
 class Bank:
-    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i. float32; a
-    frozen bank holds LoRA's factors in the model's dtype, which they would get in each call.
-
-    Ranks are padded with zeros. A part that no adapter of the layer needs is None.
+    """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; ranks are
+    padded with zeros. float32, but a frozen bank rounds LoRA's factors to the model's dtype once.
+    A part that no adapter of the layer needs is None.
     """
     scale_A: torch.Tensor | None   # [n + 1, R, columns]   ΔW of FLoRA and IA3
     scale_B: torch.Tensor | None   # [n + 1, R, d]
@@ -259,10 +260,10 @@ def stack(tensors, neutral):
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 
-def select(bank, ids):
-    """bank [n + 1, ...], ids of any shape -> [*ids, ...]. A negative or unknown id is an
+def select(stacked, ids):
+    """stacked [n + 1, ...], ids of any shape -> [*ids, ...]. A negative or unknown id is an
     IndexError."""
-    return F.embedding(ids, bank.flatten(1)).unflatten(-1, bank.shape[1:])
+    return F.embedding(ids, stacked.flatten(1)).unflatten(-1, stacked.shape[1:])
 
 
 class Rows:
@@ -276,7 +277,7 @@ class Rows:
         if part in self.kept:
             return self.kept[part]
         own = select(getattr(self.bank, part), self.ids)
-        if not own.requires_grad:   # gradient checkpointing runs a block twice, alike
+        if not own.requires_grad:   # checkpointing recomputes a block: it must select again
             self.kept[part] = own
         return own
 
@@ -297,9 +298,9 @@ class AdapterLinear(nn.Linear):
     As in nn.Linear, `weight` is W0ᵀ [k, d]. `adapters` maps str(id) to this layer's Adapter; an id
     without one here runs the base layer.
     """
-    form = None                         # W0 as nn.Linear holds it; or another form (extras/int8.py)
+    form = None                         # W0 as nn.Linear's; or extras/packed.py's, as on a CPU
     add_lora = staticmethod(add_lora)   # how LoRA's addend is added: (y, x, rows) -> [b, T, k]
-    path = "auto"                       # how FLoRA is: see set_path
+    path = "auto"                       # how ΔW is applied: a key of PATHS, or by choose_path
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias)
@@ -473,7 +474,7 @@ def adapter_parameters(model, adapter_id):
 
 
 def remove_adapter(model, adapter_id):
-    """Take an adapter out of the model. Its id is the base model from now on, free for the next."""
+    """Take an adapter out of the model. Its id runs the base until the next adapter gets it."""
     for name in adapters_of(model, adapter_id):
         del model.get_submodule(name).adapters[str(adapter_id)]
     for _, layer in adapter_layers(model):
@@ -482,8 +483,8 @@ def remove_adapter(model, adapter_id):
 
 @torch.no_grad()
 def freeze_bank(model, capacity=0):
-    """Stack the adapters once, for serving: forward then only gathers rows. Adding one undoes it;
-    what changes in W0 or in an adapter later is seen by freezing again.
+    """Stack the adapters once, for serving: forward then only gathers rows. Adding,
+    removing or merging one undoes it; what changes in an adapter is seen by freezing again.
 
     capacity: how many adapters to keep rows for at least (extras/hot_swap.py).
     """

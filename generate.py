@@ -45,7 +45,7 @@ def sample(logits, temperature, top_k, top_p, u):
     ranks, top_k = torch.arange(probs.shape[-1], device=logits.device), top_k[:, None]
     probs = probs * ((ranks < top_k) | (top_k == 0))
     mass = probs.cumsum(-1)                                              # of it top-p takes a share
-    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by the likelier tokens' mass
+    keep = mass - probs < top_p[:, None] * mass[:, -1:]                  # by what is likelier
     keep[:, 0] = True
     mass = (probs * keep).cumsum(-1)
     choice = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)   # inverse of the CDF
@@ -63,7 +63,7 @@ class Request:
     """One text to generate, and, below the blank line, what the engine fills in."""
     prompt: list                  # token ids; empty is the config's eos_token_id, or 0
     adapter_id: int = BASE
-    max_new_tokens: int = 64      # once submitted, at most what the context leaves
+    max_new_tokens: int = 64      # once submitted, at most what its slot leaves
     temperature: float = 0.0      # 0 is greedy
     top_k: int = 0                # 0 keeps all
     top_p: float = 1.0
@@ -73,7 +73,7 @@ class Request:
 
     ids: list = field(default_factory=list)   # the new ids so far
     state: str = "waiting"        # -> "running" -> "done"; or "failed" (see error), or "cancelled"
-    error: str | None = None
+    error: str | None = None      # or given, where there is no prompt: it fails with that reason
     arrived: float = 0.0          # time.perf_counter() at submit, at the first token, at the end
     first_token: float = 0.0
     ended: float = 0.0
@@ -119,7 +119,7 @@ class Engine:
         zeros = partial(torch.zeros, slots, device=device)
         self.table = dict(                    # a row per slot; the first n are running requests
             token=zeros(dtype=torch.int64),        # the last one picked
-            position=zeros(dtype=torch.int64),     # of the next one
+            position=zeros(dtype=torch.int64),     # of that one, where decode writes it
             adapter_id=zeros(dtype=torch.int64),
             temperature=zeros(), top_k=zeros(dtype=torch.int64), top_p=zeros() + 1,
             u=torch.zeros(slots, self.length + 1, device=device),   # uniform in [0, 1), by position
@@ -329,7 +329,7 @@ class Engine:
 
 
 def new_engine(model, slots=8, compile=False, **settings):
-    """An Engine(model, slots, **settings); on CUDA and with compile=True that of extras/graphs.py."""
+    """An Engine(model, slots, **settings); on CUDA, or to compile, that of extras/graphs.py."""
     if compile:
         return extra("graphs", "--compile").GraphEngine(model, slots, compile=True, **settings)
     if model.wte.weight.device.type == "cuda":
@@ -344,7 +344,7 @@ def row_seed(seed, row):
 
 
 def submit_batch(model, rows, max_new_tokens=64, seed=0, **settings):
-    """An Engine that runs all `rows`, dicts of Request's fields, at once, and their Requests."""
+    """An Engine with a slot for each of `rows`, dicts of Request's fields, and their Requests."""
     length = max(1, *(len(row["prompt"]) for row in rows)) + max_new_tokens
     engine = new_engine(model, len(rows), length=length, sync_every=1)
     return engine, [engine.submit(**row, max_new_tokens=max_new_tokens, seed=row_seed(seed, i),

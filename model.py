@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from flora import AdapterLinear, gather
 from plumbing import folders
 from plumbing.files import BadInput
+from plumbing.fingerprint import fingerprints
 from plumbing.registry import extra, find
 from plumbing.tokenizer import Tokenizer  # noqa: F401, a folder holds both
 
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         return self.wte(ids) + (wpe.weight[:ids.shape[1]] if positions is None else wpe(positions))
 
     def cache_access(self, x, kv_cache, positions):
-        """The CacheAccess of x [B, T, C] at positions [B, T]; without one of both, prefill."""
+        """The CacheAccess of x [B, T, C] at positions [B, T]; prefill if either is None."""
         if positions is None or kv_cache is None:
             return CacheAccess()
         row, every = torch.arange(len(x), device=x.device)[:, None], slice(None)
@@ -291,8 +292,8 @@ class GPT(nn.Module):
 
     @cached_property
     def fingerprints(self):
-        """From its weights as they were stored: the fingerprint, and that of older adapter files."""
-        return folders.fingerprints(self.base_parameters())
+        """Of its weights as they were stored: the fingerprint, and that of older adapter files."""
+        return fingerprints(self.base_parameters())
 
     @property
     def fingerprint(self):

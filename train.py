@@ -1,9 +1,9 @@
 """Train an adapter on a folder of source files.
 
   python train.py --adapter flora --rank 1                      the embedded base learns C++
-  python train.py --adapter lora --rank 8 --weights starcoderbase-1b --data src/ --ext .lua
+  python train.py --adapter lora --rank 8 --weights starcoderbase-1b/ --data src/ --ext .lua
   torchrun --nproc-per-node=4 train.py --adapter flora          data-parallel, same global batch
-  python train.py --adapter none                    a base model, from scratch (extras/pretrain.py)
+  python train.py --adapter none                    a base model itself (extras/pretrain.py)
   python train.py --adapter flora --rank 4 --from-lora out/lora-r4/adapter.safetensors
                                                     a LoRA's copy (extras/lora_to_flora.py)
 
@@ -167,7 +167,7 @@ def fit(model, parameters, next_batch, loss, heldout, loop, stop, checkpoint=Non
     parameters: {name: Parameter}, all of `model` that takes gradients, as a checkpoint names them.
     next_batch(step, micro) -> tensors, this process's share of a micro-batch.
     loss(model, *tensors) -> their mean loss; its model is ours, parallel and compiled where asked.
-    heldout() -> float, measured by process 0 at the start and every loop.eval_every steps.
+    heldout() -> float, of process 0: at the start, every loop.eval_every steps, at the end.
     stop: a tensor [1]; the loop ends after the step in which it is set to 1 (see interrupts).
     checkpoint: from open_checkpoint. optimizer: default adamw(parameters.values()).
     -> (log: [{step, loss, heldout_loss, seconds}], tokens per second or None after 0 steps).
@@ -181,7 +181,7 @@ def fit(model, parameters, next_batch, loss, heldout, loop, stop, checkpoint=Non
         step, log = 0, [dict(step=0, loss=None, heldout_loss=measure(), seconds=0.0)]
     model = parallel(model, loop.compile)
     losses, rate, stopped = [], None, False
-    first, busy, begin = step, 0.0, time.time() - log[-1]["seconds"]
+    first, busy, started = step, 0.0, time.time() - log[-1]["seconds"]
     with tqdm(total=loop.steps, initial=step, disable=RANK > 0, desc=loop.out, unit="step") as bar:
         while step < loop.steps and not stopped:
             tick = time.time()
@@ -197,7 +197,7 @@ def fit(model, parameters, next_batch, loss, heldout, loop, stop, checkpoint=Non
                             tok_s=f"{rate:.0f}")
             if step % loop.eval_every == 0 or step == loop.steps or stopped:
                 log.append(dict(step=step, loss=sum(losses) / len(losses), heldout_loss=measure(),
-                                seconds=time.time() - begin))
+                                seconds=time.time() - started))
                 check_finite("held-out loss", log[-1]["heldout_loss"], step, loop)
                 save_checkpoint(step, parameters, optimizer, log, loop)
                 losses = []

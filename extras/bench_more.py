@@ -28,7 +28,7 @@ from bench import (Row, benched_layer, check_agreement, default, example, instal
 from extras.bench_rounds import in_turns, serve
 from generate import new_engine
 from plumbing.figures import PANELS, print_table, tell_rank
-from plumbing.files import BadInput, check, existing_file, read_json
+from plumbing.files import BadInput, check_json, existing_file, read_json
 from plumbing.outputs import PNG, check_writable, save_figure
 from plumbing.timing import seconds
 
@@ -271,7 +271,7 @@ def read_result(file):
     """A result of bench.py -> (result, {(row, rank): tokens/s}, the ranks of both methods)."""
     result = read_json(file)
     if result.get("rows"):
-        check(result, RESULT, f"--plot {file}")
+        check_json(result, RESULT, f"--plot {file}")
     speed = throughput_of(result.get("rows") or [])
     ranks = sorted(r for name, r in speed if name == "flora" and ("lora-token", r) in speed)
     if not ranks:

@@ -2,7 +2,7 @@
 
   python train.py --plot out/flora-r1/log.json out/lora-r1/log.json --out figures/heldout.png
 """
-from plumbing.files import check, read_json
+from plumbing.files import check_json, read_json
 from plumbing.outputs import PNG, check_writable, save_figure
 
 UNRANKED = ("ia3", "none")   # adapters whose rank says nothing
@@ -19,7 +19,7 @@ def plot(json_files, png):
     figure, axes = plt.subplots(figsize=(6, 4))
     for file in json_files:
         run = read_json(file)
-        check(run, REPORT, f"--plot {file}: not a --json report of train.py")
+        check_json(run, REPORT, f"--plot {file}: not a --json report of train.py")
         rank = "" if run["adapter"] in UNRANKED else f" rank {run['rank']}"
         label = f"{run['adapter']}{rank}, {run['trainable_parameters']:,} parameters"
         steps = [point["step"] for point in run["log"]]

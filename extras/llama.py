@@ -18,7 +18,7 @@ from torch import nn
 
 from flora import AdapterLinear
 from model import ACTIVATIONS, GPT, Attention, GPTConfig, attend, cached_attention
-from plumbing.files import BadInput, check, is_a
+from plumbing.files import BadInput, check_json, is_json
 from plumbing.folders import StarCoderFolder, check_supported
 
 
@@ -149,14 +149,14 @@ class LlamaFolder(StarCoderFolder):
         found = dict(layer_norm_epsilon=1e-6, n_kv_head=found.get("n_head"),
                      tie_word_embeddings=False) | found
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}   # transformers 5's, or before
-        check(rope, {}, file, "rope_scaling")
+        check_json(rope, {}, file, "rope_scaling")
         kind = rope.get("rope_type", rope.get("type", "default"))
         check_supported(file, "rope_type", kind, list(ROPE_TYPES))
         for key in ROPE_TYPES[kind]:
-            if not is_a(rope.get(key), float) or rope[key] <= 0:
+            if not is_json(rope.get(key), float) or rope[key] <= 0:
                 raise BadInput(f"{file}: rope_type {kind} needs a number {key} above 0, not {rope.get(key)!r}")
         theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-        if not is_a(theta, float) or theta <= 0:
+        if not is_json(theta, float) or theta <= 0:
             raise BadInput(f"{file}: rope_theta is {theta!r}, but must be a number above 0")
         scaling = {"rope_type": kind} | {key: rope[key] for key in ROPE_TYPES[kind]}
         if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from extras.hira import flora_in_hira, hira_of_flora
 from flora import adapter_layers, adapters_of, attach, make_adapters
 from plumbing.adapter_files import fill, load_tensors
-from plumbing.files import BadInput, is_a, read_json
+from plumbing.files import BadInput, is_json, read_json
 from plumbing.outputs import save_tensors, write_json
 
 KINDS = {"LORA": "lora", "IA3": "ia3", "HIRA": "hira"}
@@ -68,7 +68,7 @@ def read_config(folder):
             raise BadInput(f"{file}: {key} is {value!r}, which cannot be represented here; "
                            "train without it, or merge the adapter into the base in PEFT")
     alpha, modules = config.setdefault("lora_alpha", 8), config.get("target_modules")
-    if not is_a(alpha, float):
+    if not is_json(alpha, float):
         raise BadInput(f"{file}: lora_alpha is {alpha!r}; it must be a number")
     if not (isinstance(modules, list) and modules and all(isinstance(m, str) for m in modules)):
         raise BadInput(f"{file}: target_modules is {modules!r}; "

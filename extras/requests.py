@@ -27,7 +27,7 @@ from extras import blend
 from flora import BASE
 from plumbing.files import BadInput, open_file
 from plumbing.flags import get_dtype
-from plumbing.outputs import check_writable, locked, open_output, stands
+from plumbing.outputs import check_writable, locked, open_output, written_through
 from plumbing.prompts import cut_at_stop, encode_prompt, new_text, stop_check
 from plumbing.provenance import adapter_digest, base_digest, difference, digest
 from plumbing.registry import is_blend
@@ -78,7 +78,7 @@ def read_results(file, *keys):
     keys[0] is what every line begins with.
     """
     results, damaged = {}, []
-    if stands(file) or not os.path.exists(file):
+    if written_through(file) or not os.path.exists(file):
         return results
     with open_file(file, "rb") as f:
         lines = f.read().split(b"\n")
@@ -115,7 +115,7 @@ def begins(line, begin):
 def rewrite_results(file, results):
     """Leave in the file what read_results kept, for the run to append to; nothing is written where
     that is all it holds."""
-    if stands(file):
+    if written_through(file):
         return
     text = "".join(json.dumps(result) + "\n" for result in results.values()).encode()
     with contextlib.suppress(FileNotFoundError), open(file, "rb") as f:
@@ -128,7 +128,7 @@ def rewrite_results(file, results):
 @contextlib.contextmanager
 def appending(file):
     """Inside, add(result) writes a line at the end of `file` at once: all of it, or BadInput."""
-    stream = stands(file)
+    stream = written_through(file)
     with open(os.dup(stream) if isinstance(stream, int) else file, "ab", buffering=0) as f:
         def add(result):
             line, size = json.dumps(result).encode() + b"\n", os.fstat(f.fileno()).st_size
@@ -150,7 +150,7 @@ def resumable(file):
         with locked(file, "--results"):
             yield
     except KeyboardInterrupt:
-        if not stands(file):
+        if not written_through(file):
             print(f"interrupted; what has ended is kept in {file}; go on with: "
                   f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}", file=sys.stderr)
         raise

@@ -80,12 +80,22 @@ def speed(row):
 
 
 def share(row):
-    return f"{row['ratio_to_base']:.2f}"
+    """Of the base's speed, with the 95 % interval where it was measured in turns."""
+    if "decoding_step_seconds" not in row:
+        return f"{row['ratio_to_base']:.2f}"
+    return f"{row['ratio_to_base']:.3f} [{row['ratio_to_base_low']:.3f}–{row['ratio_to_base_high']:.3f}]"
+
+
+def speed_or_share(row):
+    if row["method"] == "base" and "decoding_step_seconds" in row:
+        return f"{row['tokens_per_second']:.0f} tokens/s"
+    return share(row) if "decoding_step_seconds" in row else speed(row)
 
 
 def throughput(data):
-    """Generated tokens/s, median [lowest–highest] of the rounds."""
-    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], speed)
+    """The base's generated tokens/s and the others' shares of it, with their 95 % intervals; of older data
+    tokens/s, median [lowest–highest] of the rounds."""
+    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], speed_or_share)
 
 
 def throughput_shares(data):

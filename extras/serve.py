@@ -37,7 +37,7 @@ from extras.serve_api import (MOST_CHOICES, ChatShape, Refused, Shape, Text, che
                               prompts_of, read_body, read_chat_template, render_chat, stops_of, usage)
 from extras.serve_engine import NAME, EngineThread, Job, UnknownModel
 from flora import BASE
-from plumbing.files import BadInput, check
+from plumbing.files import BadInput, check_json
 from plumbing.flags import EMBEDDED, check_numbers, run_main
 from plumbing.prompts import stop_check
 
@@ -135,7 +135,7 @@ class Server:
 
     async def load_adapter(self, request):
         body = await read_body(request)
-        check(body, {"lora_name": str, "lora_path": str}, "the request")
+        check_json(body, {"lora_name": str, "lora_path": str}, "the request")
         check_name(body["lora_name"])
         if not self.roots:
             raise Refused(403, "adapters cannot be loaded by HTTP here; start the server with --adapter-root FOLDER")
@@ -145,7 +145,7 @@ class Server:
 
     async def unload_adapter(self, request):
         body = await read_body(request)
-        check(body, {"lora_name": str}, "the request")
+        check_json(body, {"lora_name": str}, "the request")
         if not self.roots:
             raise Refused(403, "adapters cannot be unloaded by HTTP here; start the server with --adapter-root FOLDER")
         await self.thread.do(self.thread._unload, body["lora_name"])
@@ -173,7 +173,7 @@ class Server:
     def encode_chat(self, messages):
         if self.chat_template is None:
             raise BadInput("this model has no chat template; use /v1/completions")
-        check(messages, [{"role": str, "content": str}], "the request", "messages")
+        check_json(messages, [{"role": str, "content": str}], "the request", "messages")
         return self.tokenizer.encode(render_chat(self.chat_template, messages))
 
     async def answer(self, request, body, prompts, shape, max_tokens):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from extras.requests import parse_int
-from plumbing.files import BadInput, check, read_json
+from plumbing.files import BadInput, check_json, read_json
 from plumbing.prompts import certain_text, cut_at_stop, new_text
 
 LARGEST_BODY = 1 << 22   # bytes of a request
@@ -62,7 +62,7 @@ async def read_body(request):
 def check_fields(body, text):
     """BadInput for a field that is unknown, of another type, or asks for what is not there. text: the one that holds
     the prompt or messages, which is checked elsewhere."""
-    check(body, FIELDS, "the request")
+    check_json(body, FIELDS, "the request")
     known = {key.rstrip("?") for key in FIELDS} | IGNORED | {text, "stop"}
     for key, value in body.items():
         if key in NEUTRAL and not any(value == same and type(value) in (type(same), float) for same in NEUTRAL[key]):

@@ -9,7 +9,7 @@ import json
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import BadInput, check, check_weights, existing_file
+from plumbing.files import BadInput, check_json, check_weights, existing_file
 from plumbing.outputs import save_tensors
 
 METADATA = {"kind": str, "rank": float, "targets": [str], "alpha": float, "base": str,
@@ -30,7 +30,8 @@ def write_adapter(file, model, adapters, training=None):
     adapters = to_save(model, adapters) if to_save else adapters
     first = next(iter(adapters.values()))
     metadata = dict(kind=first.kind, rank=first.rank, alpha=first.alpha,
-                    **{name: getattr(first, name, None) for name in OPTIONS}, base=model.fingerprint,
+                    **{name: getattr(first, name, None) for name in OPTIONS},
+                    base=model.fingerprint,
                     targets=list(dict.fromkeys(a.target for a in adapters.values())),
                     training=training or {})
     tensors = {name: p.detach().contiguous().cpu()
@@ -46,7 +47,7 @@ def read_adapter(file, model, make_adapters):
     tensors, metadata = load_tensors(file)
     if metadata is None:
         raise BadInput(f'{file}: has no "flora_adapter" metadata, so train.py did not write it')
-    check(metadata, METADATA, f'{file}: "flora_adapter" metadata')
+    check_json(metadata, METADATA, f'{file}: "flora_adapter" metadata')
     if metadata["base"] not in model.fingerprints:
         raise BadInput(f"{file}: was trained on another base model (fingerprint {metadata['base']},"
                        f" this model's is {model.fingerprint}); load that base with --weights")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.files import BadInput, check, check_weights, existing_file
+from plumbing.files import BadInput, check_json, check_weights, existing_file
 from plumbing.flags import EMBEDDED
 from plumbing.outputs import open_output
 from plumbing.processes import RANK, say
@@ -81,7 +81,7 @@ def load_checkpoint(file):
         reason = (str(e) or type(e).__name__).splitlines()[0]
         raise BadInput(f"{file}: not a readable checkpoint ({reason}); delete it to start "
                        "again") from e
-    check(checkpoint, CHECKPOINT, file)
+    check_json(checkpoint, CHECKPOINT, file)
     if any(isinstance(value, torch.Tensor) for value in checkpoint["args"].values()):
         raise BadInput(f"{file}: not a readable checkpoint (a tensor stands among its flags); "
                        "delete it to start again")

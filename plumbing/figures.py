@@ -80,8 +80,8 @@ def print_summary(result, share):
     if widest:
         print(f"the widest interval of a throughput's ratio is {widest:.3f}")
     if widest > BUSY:
-        print("This machine was too busy to tell rows apart. Close other programs, or give each its "
-              "own core: OMP_NUM_THREADS=1 python bench.py ...")
+        print("This machine was too busy to tell rows apart. Close other programs, or keep to one "
+              "core, whose steps no other program holds up: OMP_NUM_THREADS=1 python bench.py ...")
 
 
 def tell_rank(rank, result):
@@ -162,11 +162,13 @@ def tell_finding(result):
             f"{result['workload']['slots']} slots")
     share = {(row["baseline"], row["rank"]): row["ratio_to_base"] for row in result["rows"]
              if row["mode"] == "throughput"}
-    ranks = sorted(rank for name, rank in share if name == "flora" and ("lora-token", rank) in share)
+    ranks = sorted(rank for name, rank in share
+                   if name == "flora" and ("lora-token", rank) in share)
     if not ranks:
         return head
     ends = [ranks[0], ranks[-1]]
-    flora, lora = ([f"{share[name, rank]:.2f}" for rank in ends] for name in ("flora", "lora-token"))
+    flora, lora = ([f"{share[name, rank]:.2f}" for rank in ends]
+                   for name in ("flora", "lora-token"))
     return (f"FLoRA keeps {flora[0]} of the base's speed at rank {ends[0]} and {flora[1]} at rank "
             f"{ends[1]}; bmm-LoRA per token {lora[0]} and {lora[1]}\n{head}; inflection rank by "
             f"Eq. 7 {tell_rank(result['eq7']['predicted']['inflection_rank'], result)}, measured "

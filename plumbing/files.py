@@ -1,6 +1,6 @@
 """Reading what a stranger may have made: right, or refused in a sentence that names the file.
 
-`BadInput` is that sentence. `read_json` and `check` hold what a JSON file says against a schema,
+`BadInput` is that sentence. `read_json` and `check_json` hold what a JSON file says against a schema,
 `check_weights` what a tensor holds against what weights can be.
 """
 import json
@@ -59,7 +59,7 @@ WORDS = {str: "text", int: "a whole number", float: "a number that is finite",
          bool: "true or false"}
 
 
-def check(value, schema, where, name="what it holds"):
+def check_json(value, schema, where, name="what it holds"):
     """BadInput, naming `where` and the key, unless `value`, read from a file, has the form
     `schema`: str, int, float (any finite number) or bool; [schema], a list; {key: schema}, an
     object, in which a key written with "?" may be missing or null."""
@@ -67,21 +67,21 @@ def check(value, schema, where, name="what it holds"):
         if not isinstance(value, list):
             raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be a list")
         for item in value:
-            check(item, schema[0], where, f"an entry of {name}")
+            check_json(item, schema[0], where, f"an entry of {name}")
     elif isinstance(schema, dict):
         if not isinstance(value, dict):
             raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be an object")
         for key, inner in schema.items():
             key, optional = key.rstrip("?"), key.endswith("?")
             if value.get(key) is not None:
-                check(value[key], inner, where, key)
+                check_json(value[key], inner, where, key)
             elif not optional:
                 raise BadInput(f"{where}: has no {key}")
-    elif not is_a(value, schema):
+    elif not is_json(value, schema):
         raise BadInput(f"{where}: {name} is {reprlib.repr(value)}, but must be {WORDS[schema]}")
 
 
-def is_a(value, kind):
+def is_json(value, kind):
     """Whether a value of JSON is of a kind: a bool is not a number, a number is finite, a whole
     number has 64 bits."""
     if kind is int:
@@ -99,7 +99,7 @@ def read_json(file, schema={}):
             value = json.loads(f.read().decode("utf-8"))
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{file}: not readable as JSON ({e})") from None
-    check(value, schema, file)
+    check_json(value, schema, file)
     return value
 
 

@@ -4,7 +4,6 @@ Weights are read as safetensors or pytorch_model*.bin (never unpickled beyond te
 or in shards, each tensor into its place, so that memory peaks near one copy of the model. What is
 missing, misshaped or not supported is refused, naming the file or key.
 """
-import hashlib
 import os
 import pickle
 import zipfile
@@ -13,8 +12,9 @@ from dataclasses import asdict, fields
 import torch
 from safetensors import SafetensorError, safe_open
 
-from plumbing.files import (BadInput, check, check_weights, existing_file, existing_folder, is_a,
-                            read_json, warn_once)
+from plumbing.files import (BadInput, check_json, check_weights, existing_file, existing_folder,
+                            is_json, read_json, warn_once)
+from plumbing.fingerprint import digests_of, sample
 from plumbing.outputs import save_tensors, write_json
 
 LARGEST = 2**31 - 1   # value of any size
@@ -42,10 +42,10 @@ class StarCoderFolder:
         found = {name: values[key] for name, key in keys.items() if values.get(key) is not None}
         for name, value in found.items():
             if name not in cls.SIZES and kinds[name] in (int, float, str, bool):
-                check(value, kinds[name], file, keys[name])
+                check_json(value, kinds[name], file, keys[name])
         found = cls.complete(found, values, file)
         for name in cls.SIZES:
-            if not is_a(found.get(name), int) or not 1 <= found[name] <= LARGEST:
+            if not is_json(found.get(name), int) or not 1 <= found[name] <= LARGEST:
                 raise BadInput(f"{file}: {keys[name]} is {found.get(name)!r}, "
                                "but must be a positive whole number")
         ends = read_ends(values, file, found["vocab_size"])
@@ -138,46 +138,13 @@ def save(model, folder, dtype):
     write_json(os.path.join(folder, "config.json"), config)
 
 
-def fingerprints(parameters):
-    """{name: tensor} -> two times 16 hexadecimal digits: from all their values, and, as in older
-    adapter files, from a sample of 64 of each tensor."""
-    return digests_of({name: sample(p.detach()) for name, p in parameters.items()})
-
-
-def digests_of(samples):
-    """{name: of `sample`} -> the fingerprints."""
-    whole, sampled = hashlib.sha256(), hashlib.sha256()
-    for name in sorted(samples):
-        picked, total = samples[name]
-        sampled.update(name.encode() + picked)
-        whole.update(name.encode() + picked + total)
-    return whole.hexdigest()[:16], sampled.hexdigest()[:16]
-
-
-def sample(tensor):
-    """64 values spread over a tensor, with its shape; and a sum over the bits of all its values as
-    float32, each row's times the row's number."""
-    flat = tensor.reshape(-1)
-    picked = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()]
-    matrix, total = tensor.reshape(len(tensor), -1), 0
-    columns = matrix.shape[1]
-    some = matrix.new_zeros(64, columns + columns % 2, dtype=torch.float32)   # rows at a time
-    for start in range(0, len(matrix), 64):
-        part = matrix[start:start + 64]
-        some[:len(part), :columns] = part
-        rows = some[:len(part)].view(torch.int64).sum(1)   # two values of 32 bits as one of 64
-        total += (rows * (1 + start + torch.arange(len(rows), device=rows.device))).sum()
-    return (str(list(tensor.shape)).encode() + picked.float().cpu().numpy().tobytes(),
-            str(int(total)).encode())
-
-
 def read_ends(values, file, vocab_size=None):
     """The token ids that end a text, by the object of a config.json or generation_config.json. One
     outside of the vocabulary, as transformers writes for small random models, ends none."""
     ends = values.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     ends = [i for i in ends if i is not None]
-    check(ends, [int], file, "eos_token_id")
+    check_json(ends, [int], file, "eos_token_id")
     if min(ends, default=0) < 0:
         raise BadInput(f"{file}: eos_token_id is {min(ends)}, which is no token")
     outside = [i for i in ends if vocab_size is not None and i >= vocab_size]
@@ -205,7 +172,7 @@ def weight_files(folder):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise BadInput(f"{index}: has no weight_map; download it again")
-            check(list(weight_map.values()), [str], index, "weight_map")
+            check_json(list(weight_map.values()), [str], index, "weight_map")
             return read_shards(folder, index, weight_map)
     raise BadInput(f"{folder}: holds neither model.safetensors nor pytorch_model.bin, "
                    "nor an index of shards")

@@ -17,7 +17,7 @@ from plumbing.files import BadInput
 def save_tensors(tensors, file, metadata):
     """Write a safetensors file."""
     with open_output(file) as f:
-        if stands(file):
+        if written_through(file):
             f.write(save(tensors, metadata))
         else:   # not by way of memory: a base model may fill most of it
             save_file(tensors, f.name, metadata)
@@ -35,7 +35,7 @@ def open_output(file):
     when all is written, so that a kill or a full disk leaves what was there. Links are followed;
     devices and pipes are written to as they stand. BadInput, naming the file, if it cannot be."""
     try:
-        through = stands(file)
+        through = written_through(file)
         if through is None:
             with replacing(os.path.realpath(file)) as f:
                 yield f
@@ -52,7 +52,7 @@ def open_output(file):
         raise BadInput(f"{file}: cannot be written ({reason})") from e
 
 
-def stands(file):
+def written_through(file):
     """What to write to if `file` is not to be replaced: the path of a device or pipe, the number
     of this process's output if it is that file; otherwise None."""
     try:
@@ -103,7 +103,7 @@ def check_writable(file, flag, begins=None, make_folder=False):
     try:
         if os.path.isdir(target) or not os.path.basename(file):
             raise BadInput(f"{flag} {file}: is a folder; name a file")
-        if stands(file):
+        if written_through(file):
             return
         if make_folder:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -141,7 +141,7 @@ def locked(path, flag):
     The lock dies with its process. flag names the path."""
     import fcntl  # POSIX
     folder, mine = os.path.isdir(path), False
-    if stands(path) and not folder:
+    if written_through(path) and not folder:
         yield
         return
     path = os.path.realpath(path)

@@ -51,7 +51,7 @@ def describe_machine(device):
 
 
 def digest(*parts):
-    """16 hexadecimal digits for texts or bytes, in this order: others have others."""
+    """16 hexadecimal digits for texts or bytes in this order; different inputs give others."""
     total = hashlib.sha256()
     for part in parts:
         part = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

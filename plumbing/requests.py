@@ -17,7 +17,7 @@ def as_list(ids):
 
 def complete_request(request, length, config):
     """Make a Request ready for an engine of `length` tokens: an empty prompt is the eos_token_id
-    (or 0, without one), eos_id a list, max_new_tokens at most what the context leaves.
+    (or 0, without one), eos_id a list, max_new_tokens at most what the slot leaves.
 
     BadInput if it was refused before, or if its prompt or settings cannot run."""
     if request.error:
@@ -26,7 +26,7 @@ def complete_request(request, length, config):
     request.prompt, request.eos_id = request.prompt or [*starts, 0][:1], as_list(request.eos_id)
     check_prompt(request.prompt, length, config)
     check_settings(request)
-    room = max(1, length - len(request.prompt))   # one token follows a full context too
+    room = max(1, length - len(request.prompt))   # one token follows a full slot too
     request.max_new_tokens = min(request.max_new_tokens, room)
 
 

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 
-from plumbing.files import BadInput, check, existing_file, existing_folder, is_a, read_json
+from plumbing.files import BadInput, check_json, existing_file, existing_folder, is_json, read_json
 from plumbing.folders import read_ends
 from plumbing.outputs import open_output
 
@@ -59,7 +59,7 @@ class Tokenizer:
         files = [os.path.join(self.folder, name) for name in names]
         configs = [read_json(file) if os.path.exists(file) else {} for file in files]
         limit = configs[1].get("vocab_size")
-        limit = limit if is_a(limit, int) else None
+        limit = limit if is_json(limit, int) else None
         named = [i for i in map(self.token_id, EOS_TOKENS)
                  if i is not None and (limit is None or i < limit)][:1]
         for values, file in zip(configs, files):
@@ -221,10 +221,10 @@ def read_added_tokens(folder, decoder, config):
     added_tokens.json and those of the `decoder` in the file `config`."""
     file = os.path.join(folder, "added_tokens.json")
     ids = read_json(file) if os.path.exists(file) else {}
-    check(list(ids.values()), [int], file, "an id")
+    check_json(list(ids.values()), [int], file, "an id")
     added = {text: (i, pattern(text)) for text, i in ids.items() if text}
     for i, token in (decoder if isinstance(decoder, dict) else {}).items():
-        check(token, {"content": str, "lstrip?": bool, "rstrip?": bool}, config, DECODER)
+        check_json(token, {"content": str, "lstrip?": bool, "rstrip?": bool}, config, DECODER)
         text = token["content"]
         if text and i.isdecimal() and len(i) < 10:
             i = ids.get(text, int(i))

@@ -53,7 +53,7 @@ def add_data_flags(add):
 
 def add_loop_flags(add, kinds):
     add("--steps", type=int, default=300, help="0 measures alone (with --from-lora: the fit)")
-    add("--batch-size", type=int, default=8, help="sequences per step and process group")
+    add("--batch-size", type=int, default=8, help="sequences of a micro-batch, of all processes")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
     rates = ", ".join(f"{name} {kind.learning_rate:g}" for name, kind in kinds.items())
     add("--lr", type=float, help=f"peak learning rate (default: the kind's: {rates}, ffba 0.001, "
@@ -93,7 +93,7 @@ def check_args(args, error):
 
 
 def fill_in(args, kind):
-    """The defaults that follow from other flags and the kind of adapter (None: the base) -> args."""
+    """The defaults that follow from other flags and the kind (None: the base) -> args."""
     args.fixed_rank = kind.fixed_rank if kind else None
     if args.lr is None and kind is None:
         args.lr = extra("pretrain", "--adapter none").LEARNING_RATE

@@ -59,6 +59,11 @@ def asker():
     return "a test"
 
 
+def count(counter, happened):
+    if happened:
+        counter[asker()] += 1
+
+
 def on_cuda(x):
     return isinstance(x, torch.Tensor) and x.device.type == "cuda"
 
@@ -81,17 +86,17 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs, name, x = kwargs or {}, op._schema.name.removeprefix("aten::"), args[0] if args else None
         if name == "_local_scalar_dense":
-            self.reads[asker()] += on_cuda(x)
+            count(self.reads, on_cuda(x))
             return TOKEN if not x.dtype.is_floating_point and x.dtype != torch.bool else x.dtype == torch.bool or 1.0
         if name == "_unique2":   # as if there were two
-            self.reads[asker()] += on_cuda(x)
+            count(self.reads, on_cuda(x))
             return x.new_empty(2), x.new_empty(x.shape, dtype=torch.int64), x.new_empty(2, dtype=torch.int64)
         if name in ("nonzero", "masked_select", "equal"):
             raise AssertionError(f"{asker()}: {name} reads a whole tensor")
         if name in ("index", "index_put_", "index_put", "_index_put_impl_"):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
-            self.reads[asker()] += bool(masks) and on_cuda(x)
-            self.uploads[asker()] += on_cuda(x) and any(of_host(i) for i in args[1])
+            count(self.reads, masks and on_cuda(x))
+            count(self.uploads, on_cuda(x) and any(of_host(i) for i in args[1]))
             if masks and name == "index":   # as if one were set
                 return x.new_empty(1, *x.shape[masks[0].dim():])
             if masks and name == "index_put_":
@@ -102,15 +107,15 @@ class Traffic(TorchDispatchMode):
         answer = op(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             source, target = (args[1], x) if name == "copy_" else (x, answer)
-            self.reads[asker()] += on_cuda(source) and of_host(target)
-            self.uploads[asker()] += of_host(source) and on_cuda(target)
+            count(self.reads, on_cuda(source) and of_host(target))
+            count(self.uploads, of_host(source) and on_cuda(target))
         return answer
 
 
 def fake_tolist(traffic):
     """Tensor.tolist for fake tensors, which no dispatch mode sees."""
     def tolist(self):
-        traffic.reads[asker()] += on_cuda(self)
+        count(traffic.reads, on_cuda(self))
 
         def filled(shape):
             return TOKEN if not shape else [filled(shape[1:]) for _ in range(shape[0])]

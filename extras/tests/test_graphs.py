@@ -32,7 +32,7 @@ def test_compile_asks_for_this_engine(model):
 
 def test_the_step_may_be_compiled_for_every_cache_length(model, monkeypatch):
     """torch compiles a function for 8 shapes, and from then on none, without a word."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr("extras.graphs.BLOCK", 4)
-    GraphEngine(model, 3, length=42, compile=True)
-    assert torch._dynamo.config.recompile_limit == 8 + 11
+    with torch._dynamo.config.patch(recompile_limit=8):
+        GraphEngine(model, 3, length=42, compile=True)
+        assert torch._dynamo.config.recompile_limit == 8 + 11

@@ -24,8 +24,8 @@ def stated_run(arrivals, decoding, prompts=3.0, num_adapters=0):
 
 
 def test_throughput_of_stated_steps_is_as_computed_by_hand():
-    """Prompts of the first two, a step that ends the first, the prompt of the third with the ends of
-    both others: 3 + 1 + 3 seconds, 6 new tokens."""
+    """Prompts of the first two, a step that ends the first, the prompt of the third with the ends
+    of both others: 3 + 1 + 3 seconds, 6 new tokens."""
     lane = stated_run([0, 0, 0], decoding=1.0)
     assert lane.steps == [(3.0, True), (1.0, False), (3.0, True)] and lane.clock == 7
     found = lane.runs[0]
