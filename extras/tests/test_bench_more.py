@@ -10,7 +10,7 @@ import flora
 from extras import bench_more
 from model import GPT
 from plumbing.files import BadInput
-from plumbing.tests.conftest import script, served_folder  # noqa: F401
+from plumbing.tests.conftest import served_folder  # noqa: F401
 from plumbing.tests.test_figures import ROW_KEYS, check_bench_result
 from plumbing.tests.test_flags import test_bench_refuses_what_it_cannot_run_in_a_sentence  # noqa: F401
 from test_flora import (  # noqa: F401
@@ -35,9 +35,9 @@ def test_masked_lora_equals_the_dense_definition(T):
     assert_lora_equals_its_definition(layer, T)
 
 
-def test_bench_writes_table_json_and_figure_with_masked_lora_and_one_layer(served_folder, tmp_path, capsys):
+def test_bench_writes_table_json_and_figure_with_masked_lora_and_one_layer(served_folder, tmp_path, capsys, run_here):
     rows = ["ia3", "flora", "lora-token", "lora-example", "lora-masked"]
-    run = script("bench.py", "--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5, "--scale", 0.02,
+    run = run_here("bench.py", "--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5, "--scale", 0.02,
                  "--mode", "throughput", "latency", "layer", "--layer-tokens", 1, 3, "--repeats", 1, "--slots", 2,
                  "--num-adapters", 3, "--request-rate", 500, "--rows", *rows, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -59,8 +59,8 @@ def test_bench_writes_table_json_and_figure_with_masked_lora_and_one_layer(serve
         bench_more.draw_together([str(tmp_path / "empty.json")], str(tmp_path / "both.png"))
 
 
-def test_bench_of_one_layer_alone_draws_its_own_figure(served_folder, tmp_path):
-    run = script("bench.py", "--weights", served_folder, "--ranks", 2, "--num-requests", 2, "--scale", 0.02,
+def test_bench_of_one_layer_alone_draws_its_own_figure(served_folder, tmp_path, run_here):
+    run = run_here("bench.py", "--weights", served_folder, "--ranks", 2, "--num-requests", 2, "--scale", 0.02,
                  "--mode", "layer", "--layer-tokens", 1, "--repeats", 1, "--slots", 2, "--num-adapters", 2,
                  "--rows", "ffba", "ffba-unfused", "flora-eq6", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -69,8 +69,8 @@ def test_bench_of_one_layer_alone_draws_its_own_figure(served_folder, tmp_path):
     assert (tmp_path / "out" / "fig2_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path):
-    run = script("bench.py", "--weights", served_folder, "--ranks", 4, "--mode", "token", "--token-length", 5,
+def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder, tmp_path, run_here):
+    run = run_here("bench.py", "--weights", served_folder, "--ranks", 4, "--mode", "token", "--token-length", 5,
                  "--num-requests", 2, "--scale", 0.02, "--repeats", 1, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     rows = {row["baseline"]: row for row in json.loads((tmp_path / "out" / "bench_cpu.json").read_text())["rows"]}

@@ -17,7 +17,7 @@ from model import GPT
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.tokenizer import Tokenizer
-from plumbing.tests.conftest import script, write_jsonl
+from plumbing.tests.conftest import write_jsonl
 from test_flora import HERE, layer_with, plain, random_adapter, run_script, tiny_model
 
 KINDS = ["flora", "lora", "ia3", "hira"]
@@ -183,7 +183,7 @@ def test_files_of_blends_are_loaded_once_and_a_file_may_be_named_like_a_blend(tm
 PERL, CPP = (f"{EMBEDDED}/adapters/{name}.safetensors" for name in ("perl", "cpp"))
 
 
-def test_generate_and_requests_serve_blends_of_files(tmp_path):
+def test_generate_and_requests_serve_blends_of_files(tmp_path, run_here):
     """Of the shipped adapters, by either command: the tokens that Python gives."""
     model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
     perl, cpp = flora.load_adapter(model, PERL), flora.load_adapter(model, CPP)
@@ -193,7 +193,7 @@ def test_generate_and_requests_serve_blends_of_files(tmp_path):
     assert want[0] != want[1]
     names = [f"{PERL}*0.3 + {CPP}*0.7", PERL, "none"]
     flags = [flag for name in names for flag in ("--adapter", name)]
-    run = script("generate.py", "--prompt", prompt, "--max-new-tokens", 12, "--json", tmp_path / "out.json", *flags)
+    run = run_here("generate.py", "--prompt", prompt, "--max-new-tokens", 12, "--json", tmp_path / "out.json", *flags)
     assert run.returncode == 0, run.stderr
     assert [row["tokens"] for row in json.loads((tmp_path / "out.json").read_text())] == want
 
@@ -201,14 +201,14 @@ def test_generate_and_requests_serve_blends_of_files(tmp_path):
     lines += [dict(prompt=prompt, adapter={PERL: 1e3}), dict(prompt=prompt, adapter={PERL: "1"})]
     requests, results = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     command = ["generate.py", "--requests", requests, "--results", results, "--max-new-tokens", 12]
-    run = script(*command)
+    run = run_here(*command)
     assert run.returncode == 0, run.stderr
     got = {r["line"]: r for r in map(json.loads, results.read_text().splitlines())}
     assert [got[line]["tokens"] for line in (1, 2, 3)] == [want[0], want[0], want[1]]
     assert "from -100 to 100" in got[4]["error"] and "no object of files and weights" in got[5]["error"]
     assert got[1]["made_with"]["adapter_file"] == got[2]["made_with"]["adapter_file"]
-    assert "5 requests" not in script(*command).stderr   # those that are done are kept
-    run = script("generate.py", "--prompt", prompt, "--adapter", f"{PERL} + {CPP}")
+    assert "5 requests" not in run_here(*command).stderr   # those that are done are kept
+    run = run_here("generate.py", "--prompt", prompt, "--adapter", f"{PERL} + {CPP}")
     assert run.returncode == 2 and "no such adapter file, and no blend" in run.stderr
     assert "Traceback" not in run.stderr
 

@@ -25,7 +25,7 @@ from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, HERE, run_script, trained
 
 
-def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
+def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path, run_here):
     """Results equal those of generate(), a too long request fails alone, done work stays."""
     model, tokenizer = GPT.from_pretrained(EMBEDDED), Tokenizer(EMBEDDED)
     adapter = str(tmp_path / "a.safetensors")
@@ -35,7 +35,7 @@ def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
              dict(prompt="class A", adapter=adapter, stop=["e"], temperature=0.5, seed=7)]
     requests, results = write_jsonl(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     command = ["--requests", requests, "--results", results, "--max-new-tokens", 9, "--slots", 2]
-    run = script("generate.py", *command)
+    run = run_here("generate.py", *command)
     assert run.returncode == 0 and "4 requests, 1 failed" in run.stderr, run.stderr
     got = {r["line"]: r for r in map(json.loads, results.read_text().splitlines())}
     assert sorted(got) == [1, 2, 3, 4]
@@ -49,12 +49,12 @@ def test_requests_in_results_out_and_an_interrupted_run_is_completed(tmp_path):
 
     whole = results.read_text().splitlines(keepends=True)
     results.write_text("".join(whole[:2]) + whole[2][:20])  # killed in the middle of a line
-    run = script("generate.py", *command)
+    run = run_here("generate.py", *command)
     assert run.returncode == 0 and "2 requests, " in run.stderr, run.stderr
     again = results.read_text().splitlines(keepends=True)
     assert again[:2] == whole[:2] and sorted(again) == sorted(whole)
     write_jsonl(requests, [dict(prompt="another")] + lines[1:])
-    run = script("generate.py", *command)
+    run = run_here("generate.py", *command)
     assert run.returncode == 2
     assert "line 1 of the requests was another one then; move the file" in run.stderr
 

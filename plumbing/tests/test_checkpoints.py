@@ -1,6 +1,7 @@
 """Checkpoints and processes of a training."""
 import argparse
 import contextlib
+import io
 import json
 import re
 import resource
@@ -20,7 +21,7 @@ import train
 from plumbing.checkpoints import load_checkpoint
 from plumbing.files import BadInput
 from plumbing.flags import run_main
-from test_flora import HEADERS, HERE, run_train, tiny_flags
+from test_flora import HEADERS, HERE, run_script, run_train, tiny_flags
 
 
 def start_train(*args, launcher=()):
@@ -35,18 +36,55 @@ def ending(request):
     return request.param
 
 
+def flags_of(kind):
+    """Of the trainings that are cut short, and of the one that is not."""
+    return ["--steps", 150, "--rank", 2, "--adapter", kind]
+
+
+WHOLE = {}   # {(folder, kind): the report of the training that nothing cuts short}
+
+
+def whole_run(folder, out, kind):
+    if (folder, kind) not in WHOLE:
+        WHOLE[folder, kind] = run_train(folder, out / "whole", *flags_of(kind))
+    return WHOLE[folder, kind]
+
+
+def killed(folder, out, *flags):
+    """A training killed once it has a checkpoint -> (its exit status, what it printed)."""
+    process = start_train(folder, out, *flags)
+    while not (out / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    printed = process.communicate()[0]
+    return process.returncode, printed
+
+
+def interrupted(folder, out, *flags):
+    """As `killed`, in this process and by Ctrl-C."""
+    printed, save = io.StringIO(), train.save_checkpoint
+
+    def save_and_interrupt(step, *rest):
+        save(step, *rest)
+        if step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(train, "save_checkpoint", save_and_interrupt)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            run_script(train.main, ["train.py", *tiny_flags(folder, out, *flags)], patch)
+    return exit.value.code, printed.getvalue()
+
+
 def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted_one(
         ending, tiny_folder, tmp_path):
     how, kind = ending
-    flags = ["--steps", 150, "--rank", 2, "--adapter", kind]
-    process = start_train(tiny_folder, tmp_path / "cut", *flags)
-    while not (tmp_path / "cut" / "checkpoint.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(how)
-    printed = process.communicate()[0]
+    flags = flags_of(kind)
+    cut_short = interrupted if how == signal.SIGINT else killed
+    status, printed = cut_short(tiny_folder, tmp_path / "cut", *flags)
     step = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
     assert 10 <= step < 150 and "Traceback" not in printed
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert status == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
         assert f"interrupted at step {step}; go on with:" in printed and "--resume" in printed
     with pytest.raises(BadInput, match=f"is an unfinished run at step {step}; add --resume"):
@@ -54,7 +92,7 @@ def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted
     with pytest.raises(BadInput, match="was made with --seed 0, not 5; give the same flags"):
         run_train(tiny_folder, tmp_path / "cut", *flags, "--resume", "--seed", 5)
     resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
-    whole = run_train(tiny_folder, tmp_path / "whole", *flags)
+    whole = whole_run(tiny_folder, tmp_path, kind)
     after_cut = {p["step"]: p["heldout_loss"] for p in resumed["log"]}
     assert {p["step"]: after_cut[p["step"]] for p in whole["log"]} == pytest.approx(
         {p["step"]: p["heldout_loss"] for p in whole["log"]}, abs=1e-6)
@@ -104,7 +142,7 @@ def check_two_processes(kind, folder, out):
 
 def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoint(
         tiny_folder, tmp_path):
-    flags, checkpoint = ["--steps", 150], tmp_path / "cut" / "checkpoint.pt"
+    flags, checkpoint = flags_of("flora"), tmp_path / "cut" / "checkpoint.pt"
     process = start_train(tiny_folder, tmp_path / "cut", *flags)
     while not checkpoint.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -119,7 +157,7 @@ def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoin
     assert "the last good checkpoint is kept in" in printed
     assert load_checkpoint(checkpoint)["step"] >= 10
     resumed = run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
-    uncut = run_train(tiny_folder, tmp_path / "uncut", *flags)
+    uncut = whole_run(tiny_folder, tmp_path, "flora")
     assert [p["heldout_loss"] for p in resumed["log"]] == [p["heldout_loss"] for p in uncut["log"]]
     assert not list(tmp_path.rglob("*.tmp"))
 

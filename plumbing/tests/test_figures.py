@@ -6,7 +6,6 @@ import pytest
 import bench
 from generate import Engine
 from model import GPT
-from plumbing.tests.conftest import script
 from plumbing.workload import make_workload
 
 ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_second",
@@ -15,10 +14,10 @@ ROW_KEYS = {"method", "baseline", "rank", "mode", "request_rate", "tokens_per_se
             "seconds_per_output_token_p99", "time_to_first_token_mean", "time_to_first_token_p99"}
 
 
-def test_bench_writes_table_json_and_figure(served_folder, tmp_path):
+def test_bench_writes_table_json_and_figure(served_folder, tmp_path, run_here):
     flags = ["--weights", served_folder, "--ranks", 1, 2, "--num-requests", 5, "--scale", 0.02,
              "--repeats", 1, "--slots", 2, "--num-adapters", 3, "--request-rate", 500]
-    run = script("bench.py", *flags, cwd=tmp_path)
+    run = run_here("bench.py", *flags, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "out" / "bench_cpu.json").read_text())
     # two modes; base and ia3; FLoRA and two LoRAs at two ranks
@@ -67,15 +66,15 @@ def check_bench_result(result, printed, folder):
 
 
 def test_bench_prints_and_draws_what_it_measured_when_the_results_cannot_be_written(
-        served_folder, tmp_path):
+        served_folder, tmp_path, run_here):
     figure = tmp_path / "new" / "b.png"
     common = ["--weights", served_folder, "--ranks", 1, "--num-requests", 2, "--scale", 0.02,
               "--repeats", 1, "--slots", 2, "--num-adapters", 1, "--mode", "throughput",
               "--rows", "flora"]
-    run = script("bench.py", *common, "--json", "/dev/full", "--png", figure)
+    run = run_here("bench.py", *common, "--json", "/dev/full", "--png", figure)
     assert run.returncode == 2 and "/dev/full: cannot be written (No space left" in run.stderr
     assert "tokens/s" in run.stdout and figure.read_bytes().startswith(b"\x89PNG")
     for flag in ("--json", "--png"):
-        run = script("bench.py", *common, flag, tmp_path, cwd=tmp_path)
+        run = run_here("bench.py", *common, flag, tmp_path, cwd=tmp_path)
         assert run.returncode == 2 and not run.stdout
         assert f"{flag} {tmp_path}: is a folder" in run.stderr
