@@ -130,9 +130,9 @@ def draw(bench):
         axis.set_title(PANELS[mode] + note, fontsize=9)
         axis.set(xlabel="Rank", ylabel="Speed, share of the base model's (higher is better)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, ncols=2, loc="lower center")
+    figure.legend(handles, labels, fontsize=8, ncols=2,
+                  loc="upper center", bbox_to_anchor=(0.5, 0))
     figure.suptitle(tell_finding(result), fontsize=10)
-    figure.tight_layout(rect=(0, 0.14, 1, 1))
     save_figure(figure, bench.args.png)
     print(f"wrote {bench.args.png}")
 

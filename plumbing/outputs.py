@@ -174,4 +174,4 @@ def save_figure(figure, file, dpi=130):
     """Write a matplotlib figure as PNG."""
     figure.tight_layout()
     with open_output(file) as f:
-        figure.savefig(f, format="png", dpi=dpi)
+        figure.savefig(f, format="png", dpi=dpi, bbox_inches="tight")   # a legend below too
