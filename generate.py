@@ -95,7 +95,7 @@ class Engine:
     near-tie may fall the other way.
 
     slots: how many run at once. length: tokens a slot holds, prompt and new (default: the context).
-    max_batched_tokens: of one step, padding included; a longer prompt waits until it runs alone.
+    max_batched_tokens: of one step's prompts (padded) and running rows; a longer prompt runs alone.
     continuous=False: static batching, which admits only when all slots are empty.
     sync_every: steps between reads of the tokens by the host, which a GPU has to wait for; only
     then is an end of text noticed, and what follows it dropped. Default 1, on CUDA 8.
