@@ -3,9 +3,10 @@
   python -m extras.table1
 
 Trains every language x method x seed of --seeds, each method at its own best learning rate, chosen
-on the first language with another seed, --seed. A training is a run of train.py in a folder of its
-own under --out, several at once. Trainings that have finished are kept: the same command, given
-again after an interruption or with more languages, methods or seeds, does only what is missing.
+on the first language by a mean over other seeds, --tune-seeds. A training is a run of train.py in a
+folder of its own under --out, several at once. Trainings that have finished are kept: the same
+command, given again after an interruption or with more languages, methods or seeds, does only what
+is missing.
 
 extras/toys.py shares all but the measure.
 """
@@ -133,8 +134,8 @@ def train_table(args, languages):
 
 
 def tune(args, data):
-    """Choose each method's learning rate by held-out loss on `data` (train.py's flags). Prints the
-    sweep.
+    """Choose each method's learning rate by held-out loss on `data` (train.py's flags), a mean over
+    --tune-seeds: one seed alone may prefer a rate twice too large. Prints the sweep.
 
     The rates go from train.py's default up by factors of two to 8, and on in either direction
     while the last one tried is the best. -> {method: {rate: held-out bits/byte}}
@@ -144,19 +145,34 @@ def tune(args, data):
         default = train.parse_args(args.methods[method].split()).lr
         wanted[method] = [default, 2 * default, 4 * default, 8 * default]
     while any(wanted.values()):
-        folders = {(method, rate): f"{args.out}/tune/{method}/{rate:g}"
-                   for method, rates in wanted.items() for rate in rates}
-        logs = train_all({folder: train_flags(args, method, data, rate, args.seed)
-                          for (method, rate), folder in folders.items()}, args.jobs)
-        for (method, rate), folder in folders.items():
-            sweep[method][rate] = logs[folder]["heldout_bpb_after"]
+        for method, rate, losses in tuning_losses(args, data, wanted):
+            sweep[method][rate] = float(np.mean(losses))
         wanted = {method: next_rates(tried) for method, tried in sweep.items()}
-    print(f"\nlearning rates, tried on {args.languages[0]} with seed {args.seed}: "
-          "held-out bits/byte")
+    print(f"\nlearning rates, tried on {args.languages[0]}: held-out bits/byte, a mean over seeds "
+          f"{' '.join(map(str, args.tune_seeds))}")
     for method, tried in sweep.items():
         cells = "  ".join(f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried))
         print(f"{method:>12}  {cells}")
     return sweep
+
+
+def tuning_losses(args, data, wanted):
+    """Train {method: rates} with each of --tune-seeds -> (method, rate, [held-out bits/byte of
+    each seed]), one by one."""
+    tried = [(method, rate) for method, rates in wanted.items() for rate in rates]
+    runs = {}
+    for method, rate in tried:
+        for seed in args.tune_seeds:
+            runs[tuning_folder(args, method, rate, seed)] = train_flags(
+                args, method, data, rate, seed)
+    logs = train_all(runs, args.jobs)
+    for method, rate in tried:
+        mine = [logs[tuning_folder(args, method, rate, seed)] for seed in args.tune_seeds]
+        yield method, rate, [log["heldout_bpb_after"] for log in mine]
+
+
+def tuning_folder(args, method, rate, seed):
+    return f"{args.out}/tune/{method}/{rate:g}/{seed}"
 
 
 def next_rates(tried):
@@ -320,7 +336,7 @@ def draw(file, table, title, height):
 
 def finish(args, table, sweep, title, height, **more):
     """Write a table and its sweep as JSON, and its figure as `draw` explains."""
-    names = ("seeds", "steps", "batch_size", "block_size", "dtype")
+    names = ("seeds", "tune_seeds", "steps", "batch_size", "block_size", "dtype")
     settings = {name: getattr(args, name) for name in names}
     settings["weights"] = os.path.relpath(args.weights)
     result = provenance(args.device) | dict(table=table, sweep=sweep, **settings, **more)
@@ -342,6 +358,8 @@ def new_parser(description, name, languages, methods, steps, more_languages=""):
         + more_languages)
     add("--methods", nargs="+", choices=list(methods), default=list(methods), help="rows of the table")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the trainings; the mean is told")
+    add("--tune-seeds", nargs="+", type=int, default=[100, 101, 102],
+        help="of the choice of rates alone")
     add("--steps", type=int, default=steps, help="of each training")
     add("--batch-size", type=int, default=8, help="sequences per step")
     add("--block-size", type=int, default=128, help="tokens per sequence")
@@ -349,9 +367,9 @@ def new_parser(description, name, languages, methods, steps, more_languages=""):
     add("--jobs", type=int, default=os.cpu_count() or 1,
         help="trainings at once (default: one per core)")
     add("--out", default=f"out/{name}", metavar="FOLDER", help="of the trainings")
-    add("--png", default=f"figures/table1_{name}.png", metavar="FILE", help="the figure")
+    add("--png", default=f"out/table1_{name}.png", metavar="FILE", help="the figure")
     add_common_flags(parser, dtypes=["float32", "bfloat16"])
-    parser.set_defaults(attention="flash", seed=100)   # --seed: of the choice of rates alone
+    parser.set_defaults(attention="flash")
     return parser
 
 

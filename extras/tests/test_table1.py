@@ -26,7 +26,8 @@ def train_here(runs, jobs):
 def small_table(command, parse_args, tiny_folder, out, *flags):
     """Run table1.losses or toys.toys with little to do -> what it wrote."""
     command(parse_args([str(flag) for flag in (
-        "--weights", tiny_folder, "--seeds", "0", "1", "--steps", "4", "--block-size", "32",
+        "--weights", tiny_folder, "--seeds", "0", "1", "--tune-seeds", "7", "8",
+        "--steps", "4", "--block-size", "32",
         "--eval-tokens", "500", "--out", out, "--png", out / "table.png", *flags)]))
     return json.loads((out / "table.json").read_text())
 
@@ -38,6 +39,12 @@ def test_losses_tunes_each_method_and_tells_mean_and_spread_of_real_runs(
         table1.losses, table1.parse_args, tiny_folder, tmp_path,
         "--languages", f"util={Path(HEADERS).parent}:.h",
         f"core={Path(HEADERS).parents[1] / 'core'}:.h", "--methods", "flora-r1", "ia3-c_attn")
+    for method, tried in result["sweep"].items():   # a mean over both of --tune-seeds
+        for rate, bits in tried.items():
+            logs = [json.loads((tmp_path / "tune" / method / rate / seed / "log.json").read_text())
+                    for seed in "78"]
+            assert bits == pytest.approx(np.mean([log["heldout_bpb_after"] for log in logs]))
+            assert [log["seed"] for log in logs] == [7, 8]
     for language in ("util", "core"):
         for method in ("flora-r1", "ia3-c_attn"):
             cell = result["table"][language][method]
