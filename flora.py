@@ -60,12 +60,12 @@ def flora_materialise(x, W0, A, B):
 
 def lora_bmm(y, x, A, B):
     """App. B.1: y + (x B) A, LoRA's addend, one adapter per example, by two torch.bmm, of
-    which the second adds y.
+    which the second adds y; in the dtype of A and B, as in PEFT.
 
     y [b, T, k], x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k].
     """
-    XB = torch.bmm(x, B.to(x.dtype))                                # [b, T, r]
-    return torch.baddbmm(y, XB.to(y.dtype), A.to(y.dtype))          # [b, T, k]
+    XB = torch.bmm(x.to(B.dtype), B)                                # [b, T, r]
+    return torch.baddbmm(y.to(A.dtype), XB, A)                      # [b, T, k]
 
 
 def inflection_rank(c1, c2, d, k):
@@ -240,7 +240,7 @@ NO_ADAPTER = Adapter(0, None, 0, 0)   # in the place of an id that a layer has n
 @dataclass(eq=False)
 class Bank:
     """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; ranks are
-    padded with zeros. float32, but a frozen bank rounds LoRA's factors to the model's dtype once.
+    padded with zeros. float32, but on CUDA a frozen bank rounds LoRA's factors to the model's dtype.
     A part that no adapter of the layer needs is None.
     """
     scale_A: torch.Tensor | None   # [n + 1, R, columns]   ΔW of FLoRA and IA3
@@ -384,7 +384,7 @@ class AdapterLinear(nn.Linear):
     def freeze_bank(self, capacity=0):
         """Set frozen_bank, as the verb freeze_bank explains."""
         bank = self.bank(range(max(self.num_adapters, capacity) + 1))
-        if bank.added_A is not None:
+        if bank.added_A is not None and self.weight.is_cuda:   # a CPU's bmm is faster in float32
             dtype = self.W0().dtype
             bank.added_A, bank.added_B = bank.added_A.to(dtype), bank.added_B.to(dtype)
         self.frozen_bank = bank

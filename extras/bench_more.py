@@ -44,8 +44,8 @@ def lora_masked(y, x, rows):
     """
     A, B = rows.bank.added_A.flatten(0, 1), rows.bank.added_B.flatten(0, 1)   # [n r, k], [n r, d]
     own = own_columns(rows, "added_B")                                        # [b, 1 or T, n r]
-    hidden = (x @ B.T.to(x.dtype)) * own.to(x.dtype)                          # [b, T, n r]
-    return torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1).to(y.dtype), A.to(y.dtype)).view(y.shape)
+    hidden = (x.to(B.dtype) @ B.T) * own.to(B.dtype)                          # [b, T, n r]
+    return torch.addmm(y.flatten(0, 1).to(A.dtype), hidden.flatten(0, 1), A).view(y.shape)
 
 
 def masked(layer):
