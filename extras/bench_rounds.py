@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import flora
-from bench import make_lanes
+from bench import LOAD, make_lanes
 from plumbing.timing import synchronize
 
 
@@ -99,7 +99,7 @@ def bench_serving(bench):
     if not args.request_rate:
         new_tokens = np.mean([output for _, output in bench.workload])
         capacity = run(("base", None))["tokens_per_second"] / new_tokens   # requests a second
-        args.request_rate = [float(f"{share * capacity:.2g}") for share in (0.5, 1.5)]
+        args.request_rate = [float(f"{LOAD * capacity:.2g}")]
     for rate in args.request_rate:
         rng = np.random.default_rng(args.seed)
         arrivals = rng.exponential(1 / rate, len(bench.workload)).cumsum()

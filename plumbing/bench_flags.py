@@ -30,8 +30,8 @@ def parse_args(argv, description, known_rows, presets):
         help="distinct adapters; request i runs number i modulo this")
     add("--slots", type=int, help="requests that run at once (default: 64, on a CPU 8)")
     add("--max-batched-tokens", type=int, help="default: 8,192, for latency 2,560, as in the paper")
-    add("--request-rate", type=float, nargs="+", help="arrivals a second for latency (default: 0.5 "
-        "and 1.5 times what the base model serves)")
+    add("--request-rate", type=float, nargs="+", help="arrivals a second for latency (default: 0.8 "
+        "times what the base model serves)")
     add("--layer-tokens", type=int, nargs="+", default=[1, 64, 256],
         help="tokens an example, for layer")
     add("--token-length", type=int, default=128, help="new tokens of a request, for token")
