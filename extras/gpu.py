@@ -9,6 +9,16 @@ graphs on and off; Figure 2 at 1B and 15B with random weights, with Eq. 7 and th
 many ranks are free at 8 to 128 requests; training; the memory that a 15B training takes. --minutes leaves parts out,
 from the end. Last comes a line for each claim, with what came of it. Copy OUT/gpu.json to extras/results/, and
 python -m extras.results puts it into RESULTS.md.
+
+What the code does otherwise on CUDA, as a reading line by line found it, and what watches over it:
+- Reads: in decoding Engine.sync alone waits for the GPU, once in sync_every steps; tests/test_fake_cuda.py counts.
+- Copies: none is pinned or non_blocking, so none can be overtaken by a write to its source.
+- Draws: new adapters, batches and each request's noise are drawn on the CPU, so seeds mean the same everywhere. But
+  top-p's cumsum and an embedding's backward add in no fixed order: equal runs may differ in the last bits.
+- model.to(device) leaves a frozen bank behind: freeze_bank again.
+- An id outside of the vocabulary or the bank is an IndexError on a CPU and ends the process on a GPU, where a model is
+  called directly; Engine.submit refuses it on both.
+- TF32: cuDNN may use it in Whisper's two convolutions, matmuls in float32 do not (PyTorch's defaults).
 """
 import argparse
 import os

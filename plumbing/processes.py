@@ -44,7 +44,8 @@ def over_processes(loss, asked_to_stop):
     state = torch.cat([loss / WORLD, asked_to_stop.to(loss.device)])
     if WORLD > 1:
         dist.all_reduce(state)
-    return state[0].item(), bool(state[1] > 0)
+    mean, stopped = state.tolist()
+    return mean, stopped > 0
 
 
 @contextlib.contextmanager

@@ -427,7 +427,7 @@ def test_a_training_step_reads_the_loss_and_whether_to_stop(
     # choose_path counts no adapters of so few tokens
     assert not traffic.reads and traffic.uploads["train.py backward"] == 2 * 2
     processes.over_processes(total, asked)
-    assert traffic.reads.total() == 2 and set(traffic.reads) == {"processes.py over_processes"}
+    assert traffic.reads.total() == 1 and set(traffic.reads) == {"processes.py over_processes"}
     for p in parameters.values():
         p.grad = torch.empty_like(p)
     traffic.clear()
