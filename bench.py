@@ -297,7 +297,8 @@ def result_row(bench, variant, lanes, mode, rate, warm_up):
         tokens_per_second_min=min(speeds), tokens_per_second_max=max(speeds),
         ratio_to_base=found, ratio_to_base_low=low, ratio_to_base_high=high,
         decoding_step_seconds=float(np.median(steps[False])) if steps[False] else None,
-        prefill_step_seconds=float(np.median(steps[True])), steps=len(lane.steps))
+        prefill_step_seconds=float(np.median(steps[True])) if steps[True] else None,
+        steps=len(lane.steps))
 
 
 def compare(lanes):

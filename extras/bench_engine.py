@@ -7,11 +7,12 @@
 A row is ADAPTERS:FORM, or ADAPTERS:FORM:compile. ADAPTERS: base, or a kind and rank as in flora8, a
 different adapter for each request. FORM: float32, bfloat16, int8 (weight-only, the rest in bfloat16)
 or int8-dynamic (the rest in float32). --slots requests of 64 + 64 tokens, greedy, all at once.
-Weights are random, but for --weights. The rows run in turns after an untimed run, every other round
-in reverse order. Printed: generated tokens/s, median [lowest-highest] of the rounds, and its ratio
-to the first row, the median over the rounds; milliseconds of the prefill and of a decoding step,
-medians; from one profiled run, which part of a step's operators' time each group takes (the table
-leaves out Python between them); and seconds of the untimed run, which packs or compiles.
+Weights are random, but for --weights. After an untimed run the rows take turns step by step, every
+other round in reverse order. Printed: generated tokens/s, median of the rounds; how fast a row's
+steps are beside the first row's, with its 95 % interval (bench.ratio); milliseconds of the prefill
+and of a decoding step, medians; from one profiled run, which part of a step's operators' time each
+group takes (the table leaves out Python between them); and seconds of the untimed run, which packs
+or compiles.
 """
 import argparse
 import re
@@ -22,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from bench import install, make_adapter_sets
+from bench import install, make_adapter_sets, ratio
 from extras.int8 import quantize_int8
 from extras.results import engine as table_of
 from generate import new_engine
@@ -86,26 +87,27 @@ def make_run(engine, adapters, args):
     prompts = torch.randint(vocab, (args.slots, TOKENS), generator=generator).tolist()
 
     def run(profiler=None):
-        install(engine.model, adapters)
+        """Serve all prompts, step by step -> seconds of each step."""
         for i, prompt in enumerate(prompts):
             engine.submit(prompt, adapter_id=i + 1 if adapters else 0, max_new_tokens=TOKENS)
-        seconds = []
+        steps = 0
         while engine.busy:
-            if profiler and len(seconds) == 10:
+            install(engine.model, adapters)
+            if profiler and steps == 10:
                 profiler.start()
             start = time.perf_counter()
             engine.step()
-            seconds.append(time.perf_counter() - start)
-            if profiler and len(seconds) == 20:
+            yield time.perf_counter() - start
+            steps += 1
+            if profiler and steps == 20:
                 profiler.stop()
-        return seconds
     return run
 
 
 def parts_of_a_step(run):
     """{group of operators: its share of the time of all operators of a decoding step}"""
     profiler = profile(activities=[ProfilerActivity.CPU])
-    run(profiler)
+    list(run(profiler))
     times = dict.fromkeys([*GROUPS, "other operators"], 0.0)
     for event in profiler.key_averages():
         group = next((g for g, names in GROUPS.items() if re.search(names, event.key)),
@@ -118,25 +120,29 @@ def measure(args):
     runs, first = make_runs(args), {}
     for text, run in tqdm(runs.items(), desc="warm-up", unit="row"):
         start = time.perf_counter()
-        run()
+        list(run())
         first[text] = time.perf_counter() - start
     found = {text: [] for text in runs}
     for r in tqdm(range(args.repeats), unit="round"):
-        for text in list(runs) if r % 2 == 0 else reversed(runs):
-            found[text].append(runs[text]())
+        order = list(runs) if r % 2 == 0 else list(reversed(runs))
+        steps = list(zip(*(runs[text]() for text in order), strict=True))   # all rows' first, ...
+        for text, mine in zip(order, zip(*steps)):
+            found[text].append(mine)
     parts = {text: parts_of_a_step(run) for text, run in runs.items()}
     return [summary(args, text, found, first[text], parts[text]) for text in runs]
 
 
 def summary(args, text, found, first, parts):
-    new = args.slots * TOKENS
-    rates, base = ([new / sum(steps) for steps in found[t]] for t in (text, args.rows[0]))
-    steps = [s for steps in found[text] for s in steps[1:-1]]   # the last one decodes nothing
+    rates = [args.slots * TOKENS / sum(steps) for steps in found[text]]
+    base, mine = ([(s, i == 0) for steps in found[t] for i, s in enumerate(steps)]
+                  for t in (args.rows[0], text))
+    times, low, high = ratio(base, mine)
+    decoding = [s for steps in found[text] for s in steps[1:-1]]   # the last one decodes nothing
     return dict(name=text, tokens_per_second=statistics.median(rates), parts=parts,
                 tokens_per_second_min=min(rates), tokens_per_second_max=max(rates),
-                ratio=statistics.median(a / b for a, b in zip(rates, base)), first_run_s=first,
+                ratio=times, ratio_low=low, ratio_high=high, first_run_s=first,
                 prefill_ms=1e3 * statistics.median(steps[0] for steps in found[text]),
-                step_ms=1e3 * statistics.median(steps))
+                step_ms=1e3 * statistics.median(decoding))
 
 
 def main():

@@ -23,14 +23,14 @@ import torch
 from tqdm import tqdm
 
 import flora
-from bench import (Row, benched_layer, check_agreement, default, example, install, make_adapter_sets,
-                   measured_inflection, throughput_of)
+from bench import (Lane, Row, benched_layer, check_agreement, default, example, install,
+                   make_adapter_sets, measured_inflection, result_row, throughput_of)
 from extras.bench_rounds import in_turns, serve
 from generate import new_engine
 from plumbing.figures import PANELS, print_table, tell_rank
 from plumbing.files import BadInput, check_json, existing_file, read_json
 from plumbing.outputs import PNG, check_writable, save_figure
-from plumbing.timing import seconds
+from plumbing.timing import seconds, synchronize
 
 from .ffba import own_columns
 
@@ -75,14 +75,23 @@ ROWS = {
 # ----------------------------------------------------------------------------- one projection alone
 
 
+TURNS = 20   # of each row, times --repeats
+
+
 def bench_layer(bench):
-    """Mode layer -> rows of the results."""
+    """Mode layer -> rows of the results: the forward of one projection, all rows in turns of
+    a few milliseconds."""
     args, results = bench.args, []
     for tokens in args.layer_tokens:
-        found = in_turns(bench.rows, bench.variants, "layer", None, args.repeats,
-                         lambda variant: run_layer(bench, variant, tokens),
-                         dict.fromkeys(bench.variants, 0.0))
-        results += [row | dict(batch=args.slots, tokens=tokens) for row in found]
+        lanes = {v: Lane(None, install=forward_of(bench, v, tokens)) for v in bench.variants}
+        for _ in tqdm(range(TURNS * args.repeats), desc=f"layer, {tokens} tokens", unit="turn"):
+            for lane in lanes.values():
+                lane.steps.append((lane.install(), False))
+        for variant, lane in lanes.items():
+            rate = args.slots * tokens / np.median(lane.steps, axis=0)[0]
+            lane.runs = [dict(tokens_per_second=float(rate))]
+            results.append(result_row(bench, variant, lanes, "layer", None, 0.0)
+                           | dict(batch=args.slots, tokens=tokens))
     install(bench.model)
     print_table(results, columns=[])
     rank = args.ranks[0]
@@ -95,9 +104,9 @@ def bench_layer(bench):
     return results
 
 
-@torch.inference_mode()
-def run_layer(bench, variant, tokens):
-    """Rows a second of the forward of one projection, --slots examples of `tokens` tokens."""
+def forward_of(bench, variant, tokens):
+    """A function that runs the forward of one projection, --slots examples of `tokens` tokens, for
+    a few milliseconds, and returns the seconds of one. Called once, untimed, to warm up."""
     layer, slots = benched_layer(bench.model), bench.args.slots
     x = torch.randn(slots, tokens, layer.in_features, device=bench.device).to(bench.dtype)
     num_adapters, adapters = bench.install(variant), None
@@ -105,8 +114,21 @@ def run_layer(bench, variant, tokens):
         adapters = 1 + torch.arange(slots, device=bench.device) % num_adapters
     if num_adapters and tokens == 1:   # as in decoding, where rows are gathered once
         adapters = flora.gather(bench.model, adapters)
-    forward = seconds(lambda: layer(x, flora.gather(layer, adapters)), bench.device, repeats=3)
-    return dict(tokens_per_second=slots * tokens / forward)
+
+    @torch.inference_mode()
+    def forward(times=None):
+        bench.install(variant)
+        times = times or often
+        synchronize(bench.device)
+        start = time.perf_counter()
+        for _ in range(times):
+            layer(x, flora.gather(layer, adapters))
+        synchronize(bench.device)
+        return (time.perf_counter() - start) / times
+
+    forward(1)
+    often = max(1, int(0.005 / forward(1)))
+    return forward
 
 
 @torch.inference_mode()

@@ -76,6 +76,8 @@ def by_rank(rows, cell):
 def speed(row):
     low, high = row["tokens_per_second_min"], row["tokens_per_second_max"]
     digits = 0 if row["tokens_per_second"] >= 500 else 1
+    if low == high:   # one run, in turns
+        return f"{row['tokens_per_second']:.{digits}f}"
     return f"{row['tokens_per_second']:.{digits}f} [{low:.{digits}f}–{high:.{digits}f}]"
 
 
@@ -283,11 +285,18 @@ def engine(data):
     """extras/bench_engine.py: tokens/s, the prefill and a step in milliseconds, the shares of its
     operators, and seconds of the untimed first run, in which weights are packed or code compiled."""
     parts = list(data["rows"][0]["parts"])
-    lines = [[row["name"], speed(row), f"{row['ratio']:.2f}", f"{row['prefill_ms']:.0f}",
+    lines = [[row["name"], speed(row), of_the_first(row), f"{row['prefill_ms']:.0f}",
               f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in parts),
               f"{row['first_run_s']:.1f}"] for row in data["rows"]]
     head = ["", "tokens/s", "of the first", "prefill ms", "step ms", *parts, "first run s"]
     return markdown(head, lines)
+
+
+def of_the_first(row):
+    """The ratio to the first row's speed, with the 95 % interval where it was measured in turns."""
+    if "ratio_low" not in row:
+        return f"{row['ratio']:.2f}"
+    return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}–{row['ratio_high']:.3f}]"
 
 
 def peers(data):

@@ -18,6 +18,7 @@ def test_every_row_is_run_and_its_parts_are_of_one_step(tiny_folder, tmp_path, m
     assert [row["name"] for row in data["rows"]] == rows and data["rows"][0]["ratio"] == 1
     for row in data["rows"]:
         assert sum(row["parts"].values()) == pytest.approx(1) and row["parts"]["matmul"] > 0
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
         assert row["tokens_per_second_min"] <= row["tokens_per_second"] <= row["tokens_per_second_max"]
     assert results.engine(data) in capsys.readouterr().out
 
