@@ -16,7 +16,6 @@ import glob
 import json
 import os
 import platform
-import resource
 import signal
 import struct
 import subprocess
@@ -24,6 +23,11 @@ import sys
 import time
 from contextlib import suppress
 from types import SimpleNamespace
+
+try:
+    import resource
+except ImportError:   # Windows, on which sandbox.py runs nothing
+    resource = None
 
 # Linux's names and numbers
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x08000000, 0x10000000

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from extras import launcher
+from plumbing.files import BadInput
 
 LIMITS = dict(memory=1 << 30, processes=64, files=256, file=16 << 20, disk=64 << 20)
 LAUNCHER = str(Path(launcher.__file__).resolve())
@@ -83,6 +84,8 @@ def contained(steps, file_name, text, address_space=True, namespaces=None):
     namespaces: by default, where they can be had. Raises OSError where a command could not be
     started, UnicodeEncodeError for a text that UTF-8 cannot hold.
     """
+    if launcher.resource is None:
+        raise BadInput("programs run in limits that Windows does not have; use Linux, macOS or WSL")
     text.encode()
     if namespaces is None:
         namespaces = not no_namespaces()

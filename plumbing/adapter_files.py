@@ -1,8 +1,17 @@
-"""One adapter as a file: safetensors, with what it is as JSON in the metadata "flora_adapter".
+"""One adapter as a file: safetensors, with what it is as JSON in the metadata.
 
-The tensors are float32, named by layer and parameter ("transformer.h.0.attn.c_attn.A"). The
-metadata holds the kind, rank, targets and alpha, the options of the kind, the fingerprint of the
-base model and a summary of the training.
+Tensors, all float32, are named by layer and parameter. Of a FLoRA of rank r and a LoRA on a
+projection of d inputs, of which it adapts n outputs (c_attn.qk: the first C + head_dim), they are
+    transformer.h.0.attn.c_attn.A   [r, n]    and   transformer.h.0.attn.c_attn.B   [d, r],
+of an IA3 ….l [n], or [d] where it scales the inputs (mlp.c_proj). The metadata has one key,
+"flora_adapter", whose JSON holds
+    kind          "flora", "lora", "ia3", or the name of a kind in extras/
+    rank, alpha   numbers; of FLoRA and IA3 alpha means nothing, an IA3's rank is 0.5
+    targets       names out of the model's TARGETS
+    base          the base model's fingerprint (plumbing/fingerprint.py): another base is refused
+    activation    an option of FFBA's (extras/ffba.py), else null
+    training      a summary of the training, which nothing reads
+The format has no version: unknown keys are left alone, and files of older fingerprints load.
 """
 import json
 

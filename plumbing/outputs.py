@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import stat
+import sys
 
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
@@ -139,7 +140,13 @@ def write_each(*writes):
 def locked(path, flag):
     """Inside, this process alone writes `path`, a folder or a file; BadInput if another one does.
     The lock dies with its process. flag names the path."""
-    import fcntl  # POSIX
+    try:
+        import fcntl
+    except ImportError:   # Windows
+        print(f"{flag} {path}: without POSIX's fcntl nothing keeps a second process from writing "
+              "there", file=sys.stderr)
+        yield
+        return
     folder, mine = os.path.isdir(path), False
     if written_through(path) and not folder:
         yield

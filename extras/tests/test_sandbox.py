@@ -14,6 +14,7 @@ import pytest
 from extras import languages, launcher, sandbox
 from extras.languages import run_program
 from extras.tests.test_languages import needs
+from plumbing.files import BadInput
 
 
 def need_namespaces():
@@ -267,3 +268,9 @@ assert "SECRET" not in os.environ and refused(os.kill, {os.getpid()}, 0)
 refused(os.kill, os.getppid(), signal.SIGSTOP)
 refused(os.kill, -1, signal.SIGKILL)""", 60)
     assert outcome.outcome == "passed", outcome
+
+
+def test_programs_are_refused_where_there_are_no_limits(monkeypatch):
+    monkeypatch.setattr(sandbox.launcher, "resource", None)   # as on Windows
+    with pytest.raises(BadInput, match="programs run in limits that Windows does not have"):
+        sandbox.contained([(("/bin/sh", "a.sh"), 1)], "a.sh", "true")

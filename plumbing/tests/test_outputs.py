@@ -111,3 +111,10 @@ def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
         with locked(path, "--out"):
             pass
     assert os.listdir(tmp_path) == []
+
+
+def test_where_files_cannot_be_locked_the_work_goes_on_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)   # as on Windows: importing it fails
+    with locked(tmp_path, "--out"), locked(tmp_path, "--out"):
+        pass
+    assert f"--out {tmp_path}: without POSIX's fcntl nothing keeps a second" in capsys.readouterr().err
