@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from flora import adapter_layers
-from model import attend
+from model import ACTIVATIONS, MLP, attend
 
 
 def pack_weight(weight):
@@ -41,16 +41,23 @@ class PackedLinear:
         self.copies = Copies()
 
     def __call__(self, x, weight, bias=None, lo=0, hi=None):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        packed = self.copy(weight, lo, hi)
+        if packed is None:
             return F.linear(x, weight[lo:hi], bias)
+        return self.times(x, packed, bias)
+
+    def copy(self, weight, lo=0, hi=None):
+        """The packed copy of weight[lo:hi]; None where the plain product is to be taken."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
         now = weight.data_ptr(), weight._version
         held, then, packed = self.copies.get((lo, hi), (None, None, None))
         if held is not weight or then != now:
             if weight.device.type != "cpu":   # moved there after it served on a CPU
-                return F.linear(x, weight[lo:hi], bias)
+                return None
             packed = self.pack(weight.detach(), lo, hi)
             self.copies[lo, hi] = weight, now, packed
-        return self.times(x, packed, bias)
+        return packed
 
     def pack(self, weight, lo, hi):
         return pack_weight(weight[lo:hi])
@@ -71,6 +78,23 @@ class Packed:
 
     def W0(self, layer):
         return layer.weight.T
+
+
+GELUS = {ACTIVATIONS["gelu_pytorch_tanh"]: "tanh", ACTIVATIONS["gelu"]: "none"}   # in oneDNN's words
+
+
+class GeluMLP(MLP):
+    """model.MLP, its GELU being the last step of c_fc's product, where no adapter comes between."""
+
+    def forward(self, x, adapters):
+        c_fc, packed = self.c_fc, None
+        if type(c_fc.form) is Packed and self.activation in GELUS and c_fc not in (adapters or {}):
+            packed = c_fc.form.linear.copy(c_fc.weight)
+        if packed is None:
+            return super().forward(x, adapters)
+        h = torch.ops.mkldnn._linear_pointwise(x, packed, c_fc.bias, "gelu", [],
+                                               GELUS[self.activation])
+        return self.c_proj(h, adapters)
 
 
 def attend_to_cache(q, k, v, mask=None):
@@ -120,3 +144,6 @@ def pack(model):
     for _, layer in adapter_layers(model):
         if layer.form is None:
             layer.form = Packed()
+    for mlp in model.modules():
+        if type(mlp) is MLP:
+            mlp.__class__ = GeluMLP

@@ -1,15 +1,18 @@
 """extras/packed.py: packed weights compute what plain ones do, in the dtypes that this processor has."""
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import flora
 import generate
 from extras import packed
-from model import GPT, attend
-from test_flora import SERVED, plain, run_script, served_model
+from model import ACTIVATIONS, GPT, attend
+from test_flora import CONFIGS, SERVED, plain, run_script, served_model
 
 
 @pytest.mark.parametrize("family", ["gpt_bigcode", "llama"])
@@ -28,6 +31,43 @@ def test_packed_weights_are_as_near_to_float64_as_plain_ones(family, dtype):
             expected = exact(ids, adapter_ids)
             errors = [(model(ids, adapter_ids).double() - expected).norm() for model in (plain, served)]
             assert errors[1] < 1.5 * errors[0]
+
+
+class Counted(TorchDispatchMode):
+    """Counts calls of GELU as an operator of its own."""
+    gelus = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.gelus += func is torch.ops.aten.gelu.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh"])
+def test_gelu_rides_on_its_product_where_no_adapter_comes_between(activation):
+    config = replace(CONFIGS["gpt_bigcode"], activation_function=activation)
+    for target, own in [("c_attn", 0), ("c_fc", config.n_layer)]:
+        torch.manual_seed(0)
+        served = GPT(config).requires_grad_(False)
+        for p in served.parameters():   # such that the two GELUs can be told apart
+            if p.dim() == 2:
+                nn.init.normal_(p, std=p.shape[1]**-0.5)
+        flora.add_adapter(served, "flora", 2, [target])
+        for p in flora.adapter_parameters(served, 1).values():
+            p.data += 0.3 * torch.randn_like(p)
+        ids, adapter_ids = torch.randint(0, config.vocab_size, (3, 5)), torch.tensor([0, 1, 1])
+        with torch.no_grad():
+            expected = served(ids, adapter_ids)
+            served.pack()
+            with Counted() as counted:
+                found = served(ids, adapter_ids)
+        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert counted.gelus == own
+    other = {"gelu": "gelu_pytorch_tanh", "gelu_pytorch_tanh": "gelu"}[activation]
+    for block in served.blocks:   # the bound sees one in the place of the other
+        block.mlp.activation = ACTIVATIONS[other]
+    with torch.no_grad():
+        swapped = served(ids, adapter_ids)
+    assert (swapped - expected).abs().max() > 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("key_heads", [1, 2])
