@@ -259,8 +259,8 @@ def ratio(base, row, block=16, resamples=1000):
 
     Steps that ran prompts and steps that only decoded count by the median of their paired ratios
     and by their share of the base's time, so that single slow steps count for little. The interval
-    is that of a bootstrap over blocks of neighbouring steps, which share the machine's weather
-    (Carlstein, 1986; Künsch, 1989).
+    is that of a bootstrap over blocks of `block` neighbouring steps (ten blocks at least), which
+    share the machine's weather (Carlstein, 1986; Künsch, 1989).
     """
     (base, prompts), (row, _) = np.transpose(base), np.transpose(row)
     paired, rng = base / row, np.random.default_rng(0)
@@ -271,7 +271,7 @@ def ratio(base, row, block=16, resamples=1000):
         return base[steps].sum() / sum(seconds)
 
     every = np.arange(len(base))
-    blocks = np.array_split(every, max(1, len(base) // block))
+    blocks = np.array_split(every, max(len(base) // block, min(len(base), 10)))
     drawn = [over(np.concatenate([blocks[i] for i in rng.integers(0, len(blocks), len(blocks))]))
              for _ in range(resamples)]
     return over(every), *np.percentile(drawn, [2.5, 97.5])

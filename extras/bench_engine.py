@@ -88,8 +88,9 @@ def make_run(engine, adapters, args):
 
     def run(profiler=None):
         """Serve all prompts, step by step -> seconds of each step."""
-        for i, prompt in enumerate(prompts):
-            engine.submit(prompt, adapter_id=i + 1 if adapters else 0, max_new_tokens=TOKENS)
+        install(engine.model, adapters)
+        requests = [engine.submit(prompt, adapter_id=i + 1 if adapters else 0,
+                                  max_new_tokens=TOKENS) for i, prompt in enumerate(prompts)]
         steps = 0
         while engine.busy:
             install(engine.model, adapters)
@@ -101,6 +102,9 @@ def make_run(engine, adapters, args):
             steps += 1
             if profiler and steps == 20:
                 profiler.stop()
+        for request in requests:
+            if request.error:
+                raise RuntimeError(request.error)
     return run
 
 

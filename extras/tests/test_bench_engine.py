@@ -10,7 +10,7 @@ from test_flora import run_script
 
 def test_every_row_is_run_and_its_parts_are_of_one_step(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_engine, "TOKENS", 24)
-    rows = ["base:float32", "flora2:bfloat16", "lora1:int8", "base:int8-dynamic"]
+    rows = ["base:float32", "flora1:float32", "flora2:bfloat16", "lora1:int8", "base:int8-dynamic"]
     file = tmp_path / "engine.json"
     run_script(bench_engine.main, ["bench_engine", "--weights", str(tiny_folder), "--slots", "2", "--repeats", "2",
                                    "--rows", *rows, "--json", str(file)], monkeypatch)

@@ -35,7 +35,8 @@ def test_throughput_of_stated_steps_is_as_computed_by_hand():
     assert found["seconds_per_output_token_p99"] == pytest.approx(7 / 3 + 0.98 * (7 - 7 / 3))
     assert found["time_to_first_token_mean"] == pytest.approx((3 + 3 + 7) / 3)
     slower = stated_run([0, 0, 0], decoding=2.0)
-    assert bench.ratio(lane.steps, slower.steps) == pytest.approx((7 / 8,) * 3)
+    of_base = bench.ratio(lane.steps, slower.steps)
+    assert of_base == pytest.approx((7 / 8, 0.5, 1))   # three steps: all decode, or none
 
 
 def test_latency_of_stated_steps_runs_on_the_lanes_own_clock():
@@ -75,6 +76,8 @@ def test_a_ratio_pairs_the_same_steps_and_single_slow_steps_count_for_little():
     noisy = [(1.25 * s * rng.lognormal(0, 0.1), p) for s, p in base]
     found, low, high = bench.ratio(base, noisy)
     assert low < 0.8 < high and low < found < high and 0.01 < high - low < 0.06
+    found, low, high = bench.ratio(base[:16], noisy[:16])   # few steps tell little, not all
+    assert high - low > 0.03
     assert bench.ratio(base[1:], row[:-1])[2] > 0.9     # another step's base is seen
 
 
