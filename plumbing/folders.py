@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.overrides import TorchFunctionMode
 
 from plumbing.files import (BadInput, check_json, check_weights, existing_file, existing_folder,
                             is_json, read_json, warn_once)
@@ -91,7 +92,7 @@ def load(folder, config, make_model, device, dtype):
     if config.n_layer > len(shapes):   # before as many layers are made
         raise BadInput(f"{folder}/config.json: n_layer is {config.n_layer}, but the weight "
                        f"files hold {len(shapes)} tensors")
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         model = make_model(config)
     check_shapes(model, shapes, folder)
     model = model.to(dtype).to_empty(device=device)
@@ -108,6 +109,16 @@ def load(folder, config, make_model, device, dtype):
                        "config.json ties it (tie_word_embeddings); its values would be lost")
     model.fingerprints = digests_of(samples)
     return model
+
+
+class Unfilled(TorchFunctionMode):
+    """Inside, torch.nn.init fills nothing: on the meta device it would import torch's compiler
+    first, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def check_shapes(model, shapes, folder):

@@ -1,22 +1,52 @@
 """extras/gpu.py: rehearsed on a CPU with tiny sizes; what it makes of parts that fail, and of figures."""
+import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from extras import gpu
+from extras import gpu, gpu_parts
 from extras.gpu import Part
+from model import GPT
+from plumbing import timing
 from plumbing.files import read_json
-from test_flora import HERE, run_script
+from plumbing.flags import run_main
+from test_flora import HERE, TINY, run_script
 
 PARTS = ["tests", "tokens", "graphs", "fig2-1b", "fig2-15b", "free-2", "free-4", "training", "memory"]
 
 
-def test_all_parts_run_in_a_rehearsal(tmp_path):
-    ran = subprocess.run([sys.executable, "-m", "extras.gpu", "--rehearse", "--out", str(tmp_path)], cwd=HERE,
-                         capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+def run_here(command, **settings):
+    """In the place of subprocess.run: what Python would run, in this process; pytest alone in its own."""
+    _, *words = command
+    name, *sys.argv[1:] = words[words[0] == "-m":]
+    if name == "pytest":
+        return subprocess.run(command, **settings)
+    run_main(importlib.import_module(name.removesuffix(".py")).main)
+    return SimpleNamespace(returncode=0)
+
+
+@pytest.fixture
+def one_layer(tmp_path):
+    """The tiny model cut to one layer, which is compiled in half of the time."""
+    model = GPT.from_pretrained(TINY)
+    model.config.n_layer, model.transformer.h = 1, model.blocks[:1]
+    model.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def test_all_parts_run_in_a_rehearsal(one_layer, tmp_path, monkeypatch, capsys):
+    """Each by its own command, but in this process, for speed."""
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run_here, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(timing, "BYTES", 1 << 20)
+    for module in (gpu, gpu_parts):
+        monkeypatch.setattr(module, "TINY", one_layer)
+    monkeypatch.chdir(HERE)   # where it goes itself
+    with torch._inductor.config.patch(compile_threads=1):
+        run_script(gpu.main, ["gpu", "--rehearse", "--out", tmp_path], monkeypatch)
+    printed = capsys.readouterr().out
     data = read_json(tmp_path / "gpu.json")
     assert list(data["parts"]) == PARTS and data["rehearsal"]
     assert data["parts"]["tests"]["passed"] == 8
@@ -28,7 +58,7 @@ def test_all_parts_run_in_a_rehearsal(tmp_path):
                  "tests on CUDA: 8 passed", "CUDA graphs, tiny, 2 requests, flora r1"]:
         assert part in said, part
     for line in data["verdicts"]:
-        assert f"{line['verdict']:>13}  {line['what']}" in ran.stdout
+        assert f"{line['verdict']:>13}  {line['what']}" in printed
 
 
 def run(monkeypatch, tmp_path, parts, *flags):
@@ -52,13 +82,13 @@ def test_a_part_that_fails_or_hangs_costs_no_other(monkeypatch, tmp_path, capsys
     """gpu.json is there after each one: the hanging part finds it."""
     wait = f"import os, time; assert os.path.exists({str(tmp_path / 'gpu.json')!r}); time.sleep(600)"
     data, status = run(monkeypatch, tmp_path, [
-        Part("training", 1, ["-c", "raise SystemExit(3)"]), Part("memory", 1, ["-c", "pass"]), tokens_part(tmp_path),
-        Part("graphs", 1, ["-c", wait]), Part("fig2-1b", 5, ["-c", "pass"])], "--minutes", "0.1")
+        Part("training", 0, ["-c", "raise SystemExit(3)"]), Part("memory", 0, ["-c", "pass"]), tokens_part(tmp_path, seconds=0),
+        Part("graphs", 0, ["-c", wait]), Part("fig2-1b", 5, ["-c", "pass"])], "--minutes", "0.03")
     assert status == 1
     assert [data["parts"][name].get("not_run", "ran") for name in data["parts"]][:3] == [
         "ended with status 3", "wrote nothing", "ran"]
     assert data["parts"]["graphs"]["not_run"].startswith("stopped after ")
-    assert data["parts"]["fig2-1b"]["not_run"] == "--minutes 0.1 leaves no room for it"
+    assert data["parts"]["fig2-1b"]["not_run"] == "--minutes 0.03 leaves no room for it"
     lines = [(line["verdict"], line["what"]) for line in data["verdicts"]]
     assert lines[:2] == [("holds", "graphs: the plain engine's tokens in 2 of 2 requests, float32"),
                          ("DOES NOT HOLD", "graphs, compiled: RuntimeError: no compiler")]

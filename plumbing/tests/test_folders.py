@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora
 from model import GPT
@@ -53,6 +54,27 @@ def test_saved_folder_keeps_every_tensor_of_hugging_face(tiny, golden, name, tmp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(GPT.from_pretrained(tmp_path)(golden["ids"]), tiny(golden["ids"]))
     assert GPT.from_pretrained(tmp_path).config == tiny.config
+
+
+class Called(TorchDispatchMode):
+    """The names of all operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_model_that_is_loaded_is_filled_from_its_files_alone():
+    """No weights are drawn first, which takes time."""
+    with Called() as drawn:
+        tiny_model()
+    with Called() as loaded:
+        GPT.from_pretrained(TINY)
+    assert "normal_" in drawn.names and "normal_" not in loaded.names
 
 
 def test_folders_that_do_not_fit_are_refused_naming_the_file_or_key(tmp_path):
