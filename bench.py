@@ -552,7 +552,8 @@ def write(bench):
         write_json(bench.args.json, finite(bench.result))
         print(f"\nwrote {bench.args.json}")
 
-    write_each(results, *([partial(draw, bench)] if bench.panels else []))
+    figure = partial(draw, bench.result, bench.args.png, bench.panels)
+    write_each(results, *([figure] if bench.panels else []))
 
 
 def main():

@@ -67,14 +67,21 @@ def in_turns(rows, variants, mode, rate, repeats, run, warm_up):
                       request_rate=rate, rounds=repeats, warm_up_seconds=warm_up[name, rank])
         for metric in found[0]:
             result[metric] = float(np.median([m[metric] for m in found]))
-        speeds = np.array([m["tokens_per_second"] for m in found])
-        ratios = speeds / [m["tokens_per_second"] for m in base]
-        results.append(result | dict(tokens_per_second_min=float(speeds.min()),
-                                     tokens_per_second_max=float(speeds.max()),
+        speeds = [m["tokens_per_second"] for m in found]
+        ratios = pace(found, rate) / pace(base, rate)
+        results.append(result | dict(tokens_per_second_min=min(speeds), tokens_per_second_max=max(speeds),
                                      ratio_to_base=float(np.median(ratios)),
                                      ratio_to_base_low=float(min(ratios)),
                                      ratio_to_base_high=float(max(ratios))))
     return results
+
+
+def pace(found, rate):
+    """What a ratio to the base is of: tokens/s or, where requests arrive at a rate, which bounds
+    those, output tokens a second of a request."""
+    if rate is None:
+        return np.array([m["tokens_per_second"] for m in found])
+    return 1 / np.array([m["seconds_per_output_token_mean"] for m in found])
 
 
 def bench_serving(bench):

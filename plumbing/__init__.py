@@ -13,6 +13,7 @@ runs            one run of a training;  checkpoints, processes
 requests        what one request must be;  prompts: prompts in, text out
 workload        the requests that bench.py serves;  timing: seconds, and a device's limits
 report          what a training tells;  figures: what bench.py prints and draws
+names           what a reader calls a method, a language, a model
 
 It imports nothing from the core or from extras/. Its tests stand in plumbing/tests/.
 """

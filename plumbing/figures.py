@@ -3,6 +3,7 @@ import os
 
 import numpy as np
 
+from plumbing.names import full_name, model_name
 from plumbing.outputs import save_figure
 from plumbing.provenance import provenance
 
@@ -96,7 +97,7 @@ def tell_rank(rank, result):
 def tell_apart(eq7, name):
     """Between which ranks FLoRA and a LoRA cannot be told apart, in words."""
     ahead, behind = eq7.get("told_apart", {}).get(name, (0, np.inf))
-    if behind == np.inf:
+    if behind in (None, np.inf):   # JSON's null is infinity
         return f" (FLoRA is ahead up to rank {ahead})" if ahead else " (told apart at no rank)"
     if ahead:
         return f" (not told apart between ranks {ahead} and {behind})"
@@ -110,69 +111,94 @@ def tell_ranks(ranks):
 
 
 PANELS = {   # of the figure: {mode: its title}
-    "throughput": "Throughput", "latency": "Latency", "layer": "One projection"}
+    "throughput": "All requests at once", "latency": "Time per token of a request",
+    "layer": "One projection"}
 
 
-def draw(bench):
-    """The paper's Figure 2 as ratios to the base: a panel for each mode and request rate, with the
-    95 % intervals, and Eq. 7's inflection rank in its title."""
+def draw(result, png, panels=PANELS):
+    """The paper's Figure 2 as ratios to the base: a panel for each mode and request rate, with
+    intervals where the results hold some; above them what was found."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    result = bench.result
-    groups = by_group([row for row in result["rows"] if row["mode"] in bench.panels])
-    figure, axes = plt.subplots(1, len(groups), figsize=(max(6, 4.6 * len(groups)), 4.6),
+    # older results have no ratio of latencies
+    rows = [row for row in result["rows"] if row["mode"] in panels and
+            (row["mode"] != "latency" or "ratio_to_base_low" in row)]
+    groups = by_group(rows)
+    figure, axes = plt.subplots(1, len(groups), figsize=(max(7, 4.6 * len(groups)), 4.6),
                                 squeeze=False)
-    for axis, ((mode, rate, tokens), rows) in zip(axes[0], groups.items()):
-        draw_ratios(axis, [row for row in rows if row["method"] != "base"])
-        note = (f" at {rate:.3g} requests/s" if rate else "")
-        note += f", {tokens} tokens an example" if tokens else ""
+    for axis, ((mode, rate, tokens), group) in zip(axes[0], groups.items()):
+        draw_ratios(axis, [row for row in group if row["method"] != "base"])
+        note = f", {rate:.3g} requests/s" if rate else ""
+        note += f", tokens an example: {tokens}" if tokens else ""
         axis.set_title(PANELS[mode] + note, fontsize=9)
-        axis.set(xlabel="Rank", ylabel="Speed, share of the base model's (higher is better)")
+        axis.set(xlabel="rank", ylabel="speed, share of the base model's (higher is better)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize=8, ncols=2,
                   loc="upper center", bbox_to_anchor=(0.5, 0))
-    figure.suptitle(tell_finding(result), fontsize=10)
-    save_figure(figure, bench.args.png)
-    print(f"wrote {bench.args.png}")
+    figure.suptitle(tell_finding(result, rows), fontsize=10)
+    save_figure(figure, png)
+    print(f"wrote {png}")
 
 
 def draw_ratios(axis, rows):
-    """A line for each method over the ranks, bars for the intervals; IA3 stands at rank 0.5."""
+    """A line for each method over the ranks, bars for the intervals. IA3 has no rank."""
     names = list(dict.fromkeys(row["baseline"] for row in rows))
     for i, name in enumerate(names):
         mine = [row for row in rows if row["baseline"] == name]
-        y = np.array([row["ratio_to_base"] for row in mine])
-        bars = [y - [row["ratio_to_base_low"] for row in mine],
-                [row["ratio_to_base_high"] for row in mine] - y]
         x = [row["rank"] * 1.03**(i - len(names) / 2) for row in mine]   # beside each other
-        axis.errorbar(x, y, np.clip(bars, 0, None), marker="o", markersize=3, capsize=2,
-                      color=f"C{i}", label=mine[0]["what"])
+        with_bars(axis, x, mine, "ratio_to_base", color=f"C{i}", label=full_name(name))
     axis.axhline(1, color="grey", linewidth=1)
     ranks = sorted({row["rank"] for row in rows})
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ranks, ranks)
+    axis.set_xticks(ranks, ["none" if rank < 1 else rank for rank in ranks])
     axis.minorticks_off()
 
 
-def tell_finding(result):
-    """What the figure says: FLoRA beside the paper's bmm-LoRA at the first and the last rank."""
+def with_bars(axis, x, rows, key, **look):
+    """A line of row[key] over x, with bars from {key}_low to {key}_high where the rows have them."""
+    y, bars = np.array([row[key] for row in rows]), None
+    if all(f"{key}_low" in row for row in rows):
+        bars = np.clip([y - [row[f"{key}_low"] for row in rows],
+                        [row[f"{key}_high"] for row in rows] - y], 0, None)
+    axis.errorbar(x, y, bars, marker="o", markersize=3, capsize=2, **look)
+
+
+def tell_finding(result, rows):
+    """What the figure says: FLoRA beside the paper's bmm-LoRA at the first and the last rank, of
+    the first panel; and where it is one, the inflection rank."""
     where = result["machine"]["gpu"] or f"{result['machine']['threads']} threads of a CPU"
-    head = (f"{result['model']['name']}, {result['dtype']}, {where}, "
-            f"{result['workload']['slots']} slots")
-    share = {(row["baseline"], row["rank"]): row["ratio_to_base"] for row in result["rows"]
-             if row["mode"] == "throughput"}
+    head = (f"{model_name(result['model']['name'])}, {result['dtype']}, {where}, "
+            f"{result['workload']['slots']} requests at once{tell_bars(rows)}")
+    (mode, _, _), rows = next(iter(by_group(rows).items()))
+    share = {(row["baseline"], row["rank"]): row["ratio_to_base"] for row in rows}
     ranks = sorted(rank for name, rank in share
                    if name == "flora" and ("lora-token", rank) in share)
     if not ranks:
         return head
-    ends = [ranks[0], ranks[-1]]
-    flora, lora = ([f"{share[name, rank]:.2f}" for rank in ends]
+    flora, lora = ([f"{share[name, rank]:.2f}" for rank in (ranks[0], ranks[-1])]
                    for name in ("flora", "lora-token"))
-    return (f"FLoRA keeps {flora[0]} of the base's speed at rank {ends[0]} and {flora[1]} at rank "
-            f"{ends[1]}; bmm-LoRA per token {lora[0]} and {lora[1]}\n{head}; inflection rank by "
-            f"Eq. 7 {tell_rank(result['eq7']['predicted']['inflection_rank'], result)}, measured "
-            f"{tell_rank(result['eq7']['measured']['lora-token'], result)}")
+    found = (f"FLoRA keeps {flora[0]} of the base model's speed at rank {ranks[0]} and {flora[1]} "
+             f"at rank {ranks[-1]}; LoRA, bmm per token, {lora[0]} and {lora[1]}")
+    return "\n".join([found, *([tell_inflection(result)] if mode == "throughput" else []), head])
+
+
+def tell_inflection(result):
+    """Eq. 7's rank, the measured one, and between which the two cannot be told apart."""
+    eq7 = result["eq7"]
+    predicted, measured = (np.inf if rank is None else rank for rank in   # JSON's null
+                           (eq7["predicted"]["inflection_rank"], eq7["measured"]["lora-token"]))
+    apart = tell_apart(eq7, "lora-token") if "told_apart" in eq7 else ""
+    return (f"inflection rank by Eq. 7 {tell_rank(predicted, result)}, measured "
+            f"{tell_rank(measured, result)}{apart}")
+
+
+def tell_bars(rows):
+    """What the bars are: bench.py's 95 % intervals, or those of few rounds, their extremes."""
+    if not all("ratio_to_base_low" in row for row in rows):
+        return ""
+    turns = all("decoding_step_seconds" in row for row in rows)
+    return "; bars: " + ("95 % intervals" if turns else "lowest and highest of the rounds")
 
 
 def finite(value):

@@ -8,6 +8,7 @@ import torch
 import bench
 import flora
 from extras import bench_more
+from extras.bench_rounds import in_turns
 from model import GPT
 from plumbing.files import BadInput
 from plumbing.tests.conftest import served_folder  # noqa: F401
@@ -83,6 +84,17 @@ def test_bench_compares_methods_at_equal_parameters_token_by_token(served_folder
             assert row["parameters"] == row["rank"] * unit
             assert abs(row["parameters"] - rows["lora"]["parameters"]) <= unit / 2
         assert f"{row['seconds_per_output_token_mean']:.6f}" in run.stdout
+
+
+def test_rounds_compare_tokens_a_second_or_where_requests_arrive_their_seconds_a_token():
+    found = {"base": dict(tokens_per_second=10.0, seconds_per_output_token_mean=0.1),
+             "flora": dict(tokens_per_second=10.0, seconds_per_output_token_mean=0.2)}
+    for rate, ratio in [(None, 1.0), (4.0, 0.5)]:
+        variants = [("base", None), ("flora", 1)]
+        rows = in_turns(bench.ROWS, variants, "latency", rate, 2, lambda variant: dict(found[variant[0]]),
+                        dict.fromkeys(variants, 0.0))
+        assert [row["ratio_to_base"] for row in rows] == [1.0, ratio]
+        assert rows[1]["ratio_to_base_low"] == rows[1]["ratio_to_base_high"] == ratio
 
 
 def test_datasets_that_cannot_be_used_are_refused_in_a_sentence(tmp_path):
