@@ -27,8 +27,9 @@ from bench import (Lane, Row, benched_layer, check_agreement, default, example, 
                    make_adapter_sets, measured_inflection, result_row, throughput_of)
 from extras.bench_rounds import in_turns, serve
 from generate import new_engine
-from plumbing.figures import PANELS, print_table, tell_rank
+from plumbing.figures import PANELS, print_table, tell_rank, with_bars
 from plumbing.files import BadInput, check_json, existing_file, read_json
+from plumbing.names import full_name, model_name
 from plumbing.outputs import PNG, check_writable, save_figure
 from plumbing.timing import seconds, synchronize
 
@@ -284,13 +285,16 @@ def dataset_prompts(file, n, seed, tokenizer):
 
 
 RESULT = {   # what is read of a result of bench.py
-    "rows": [{"mode": str, "baseline": str, "rank?": float, "tokens_per_second": float}],
+    "rows": [{"mode": str, "baseline": str, "rank?": float, "tokens_per_second": float,
+              "ratio_to_base": float, "ratio_to_base_low?": float, "ratio_to_base_high?": float}],
     "model": {"name": str}, "workload": {"ranks": [float]},
-    "eq7": {"predicted": {"inflection_rank?": float}}}
+    "eq7": {"predicted": {"inflection_rank?": float}},
+    "ratios?": [{"rank": float, "against": str, "ratio": float, "low": float, "high": float}]}
 
 
 def read_result(file):
-    """A result of bench.py -> (result, {(row, rank): tokens/s}, the ranks of both methods)."""
+    """A result of bench.py -> (result, the ranks of both methods, its rows of each of them, FLoRA's
+    speed beside LoRA's at each rank, with the interval where rows ran in turns)."""
     result = read_json(file)
     if result.get("rows"):
         check_json(result, RESULT, f"--plot {file}")
@@ -301,7 +305,13 @@ def read_result(file):
                        "with --mode throughput --json FILE")
     if min(speed.values()) <= 0:
         raise BadInput(f"--plot {file}: holds tokens_per_second that are not above 0")
-    return result, speed, ranks
+    rows = {(row["baseline"], row.get("rank")): row for row in result["rows"]
+            if row["mode"] == "throughput"}
+    of_each = {name: [rows[name, rank] for rank in ranks] for name in ("flora", "lora-token")}
+    found = {r["rank"]: dict(ratio=r["ratio"], ratio_low=r["low"], ratio_high=r["high"])
+             for r in result.get("ratios") or [] if r["against"] == "lora-token"}
+    beside = [dict(ratio=speed["flora", rank] / speed["lora-token", rank]) for rank in ranks]
+    return result, ranks, of_each, [found.get(*pair) for pair in zip(ranks, beside)]
 
 
 def tell_inflection(result):
@@ -313,30 +323,35 @@ def tell_inflection(result):
 
 
 def draw_together(files, png):
-    """The paper's Figure 3 left: throughput across ranks of several models, results that bench.py
-    wrote; beside it FLoRA's share of the paper's bmm-LoRA, which is 1 at the inflection rank."""
+    """The paper's Figure 3 left, of several models, results that bench.py wrote: each method's
+    share of its base model's speed across ranks; beside it FLoRA's speed over the paper's
+    bmm-LoRA's, which is 1 at the inflection rank."""
     check_writable(png, "--png", PNG, make_folder=True)
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8))
+    told = []
     print(f"{'':>32}{'inflection rank, predicted':>28}{'measured':>22}")
     for i, file in enumerate(files):
-        result, speed, ranks = read_result(file)
-        name, (predicted, measured) = result["model"]["name"], tell_inflection(result)
-        print(f"{name:>32}{predicted:>28}{measured:>22}")
-        look = dict(color=f"C{i}", marker="o", markersize=3)
-        of_flora = np.array([speed["flora", rank] for rank in ranks])
-        of_lora = np.array([speed["lora-token", rank] for rank in ranks])
-        left.plot(ranks, of_flora, "-", label=f"{name}: FLoRA", **look)
-        left.plot(ranks, of_lora, "--", label=f"{name}: LoRA (bmm per token)", **look)
-        note = f"inflection rank: Eq. 7 {predicted}, measured {measured}"
-        right.plot(ranks, of_flora / of_lora, label=f"{name}; {note}", **look)
+        result, ranks, of_each, beside = read_result(file)
+        predicted, measured = tell_inflection(result)
+        print(f"{result['model']['name']:>32}{predicted:>28}{measured:>22}")
+        name = model_name(result["model"]["name"])
+        for (method, rows), line in zip(of_each.items(), ("-", "--")):
+            with_bars(left, ranks, rows, "ratio_to_base", color=f"C{i}", linestyle=line,
+                      label=f"{name}: {full_name(method)}")
+        with_bars(right, ranks, beside, "ratio", color=f"C{i}", label=name)
+        told.append(f"{name}: FLoRA at {beside[0]['ratio']:.2f} of the speed of LoRA, bmm per "
+                    f"token, at rank {ranks[0]}, at {beside[-1]['ratio']:.2f} at rank {ranks[-1]}; "
+                    f"inflection rank by Eq. 7 {predicted}, measured {measured}")
     right.axhline(1, color="grey", linewidth=1)
-    left.set(xlabel="Rank", title="Throughput (tokens/s)")
-    right.set(xlabel="Rank", title="FLoRA / LoRA (bmm per token)")
-    for axis in (left, right):
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    for axis, what in (left, "speed, share of the base model's"), (right, "FLoRA's speed / LoRA's"):
+        axis.set(xlabel="rank", ylabel=f"{what} (higher is better)")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ranks, ranks)
+        axis.minorticks_off()
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.suptitle("\n".join(told), fontsize=9)
     save_figure(figure, png)
     print(f"wrote {png}")

@@ -67,11 +67,20 @@ def draw(rows, file):
         halves = [row for row in rows if row["perl"] + row["cpp"] == 1]
         axis.plot([row[own] for row in halves], [row[f"{own}_bpb"] for row in halves], "k--", lw=1,
                   label="weights sum to 1")
-        axis.set(title=f"{LANGUAGES[own]}, held out", xlabel=f"weight of the {LANGUAGES[own]} adapter",
-                 ylabel="bits per byte")
-        axis.set_ylim(top=1.35 * max(row[f"{own}_bpb"] for row in rows))   # room for the legend
-        axis.legend(fontsize=8, ncols=2, loc="upper right")
+        axis.set_title(f"{LANGUAGES[own]}: {tell_finding(rows, own)}", fontsize=9)
+        axis.set(xlabel=f"weight of the {LANGUAGES[own]} adapter",
+                 ylabel="held-out bits per byte (lower is better)")
+        axis.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     save_figure(figure, file, dpi=150)
+
+
+def tell_finding(rows, own):
+    """What a panel says: a part of both adapters beside all of the language's own."""
+    part = WEIGHTS[len(WEIGHTS) // 2]
+    at = {(row["perl"], row["cpp"]): row[f"{own}_bpb"] for row in rows}
+    alone = at[1, 0] if own == "perl" else at[0, 1]
+    return (f"both adapters at {part:g} reach {at[part, part]:.2f}, its own alone {alone:.2f}, "
+            f"none {at[0, 0]:.2f}")
 
 
 def main():

@@ -32,6 +32,7 @@ ROWS = {   # language: (its name, its adapter)
     "sh": ("Bash", "bash")}
 NEW = 96       # tokens of a program at most
 ROUNDS = 2     # of the timing
+PASSES = "passes its tests"
 TRAINING = (   # how such adapters are made
     "python -m extras.toy_problems out/problems --more 180000; python train.py --adapter flora "
     "--rank 3 --targets all --data out/problems/more/{language} --keep-duplicates "
@@ -92,7 +93,7 @@ def verdict(problem, text):
         return f"not run: no {LANGUAGES[problem.language].command[0]} here"
     program = f"{problem.prompt}{cut_at_stop(text, problem.stops)}\n{problem.tests}"
     outcome = run_program(problem.language, program).outcome
-    return "passes its tests" if outcome == "passed" else f"does not pass its tests ({outcome})"
+    return PASSES if outcome == "passed" else f"does not pass its tests ({outcome})"
 
 
 def time_batch(engine, tokenizer, problems, ids):
@@ -127,23 +128,42 @@ def draw(file, task, texts, verdicts):
     axis.set(xlim=(0, 12), ylim=(0, 7))
     axis.axis("off")
     box = dict(boxstyle="round,pad=0.4", facecolor="white")
-    axis.text(6, 6.75, task, ha="center", fontsize=11)
-    model = "one model\n\n$Y = A \\circ ((B \\circ X)\\, W_0)$\n\none batch"
-    axis.text(5.1, 3.3, model, ha="center", va="center", fontsize=13,
-              bbox=box | dict(edgecolor="black"))
+    passed = list(verdicts.values()).count(PASSES)
+    adapters = sum(ROWS[language][1] is not None for language in texts)
+    title = (f"{len(texts)} requests, {adapters} adapters, one batch: {passed} of {len(texts)} "
+             "programs pass their tests")
+    axis.text(6, 6.75, f"{title}\n{task}", ha="center", va="center", fontsize=11)
+    model = axis.text(4.3, 3.3, "one model\n\n$Y = A \\circ ((B \\circ X)\\, W_0)$\n\none batch",
+                      ha="center", va="center", fontsize=13, bbox=box | dict(edgecolor="black"))
+    boxes = []
     for i, (language, text) in enumerate(texts.items()):
         y, color = 5.8 - 1.65 * i, f"C{i}"
         name, adapter = ROWS[language]
         asked = f"in {name}\n" + (f"adapter $A_{i}$, $B_{i}$" if adapter else "no adapter")
-        axis.text(1.2, y, asked, ha="center", va="center", fontsize=10,
-                  bbox=box | dict(edgecolor=color))
-        axis.text(7.3, y, text, va="center", fontsize=9, family="monospace", parse_math=False,
-                  bbox=box | dict(edgecolor=color))
+        boxes.append((axis.text(1.2, y, asked, ha="center", va="center", fontsize=10,
+                                bbox=box | dict(edgecolor=color)),
+                      axis.text(6.9, y, text, va="center", fontsize=9, family="monospace",
+                                parse_math=False, bbox=box | dict(edgecolor=color))))
         axis.text(11.9, y, verdicts[language], va="center", ha="right", fontsize=9, color=color)
-        axis.annotate("", (4.2, 3.3), (1.95, y), arrowprops=dict(arrowstyle="->", color=color))
-        axis.annotate("", (7.2, y), (6.02, 3.3), arrowprops=dict(arrowstyle="->", color=color))
+    figure.tight_layout()   # before boxes are measured
+    for i, (asked, written) in enumerate(boxes):
+        beside = 3.3 + 0.33 * (1.5 - i)   # where its arrows touch the model
+        connect(axis, asked, model, beside, f"C{i}", into=True)
+        connect(axis, written, model, beside, f"C{i}", into=False)
     save_figure(figure, file)
     print(f"wrote {file}")
+
+
+def connect(axis, text, model, height, color, into):
+    """An arrow between the facing sides of two boxed texts, into the model's or out of it, which
+    it touches at a height of its own."""
+    axis.figure.canvas.draw()
+    own, hub = (t.get_bbox_patch().get_window_extent().transformed(axis.transData.inverted())
+                for t in (text, model))
+    middle = (own.y0 + own.y1) / 2
+    ends = [(own.x1, middle), (hub.x0, height)] if into else [(hub.x1, height), (own.x0, middle)]
+    axis.annotate("", ends[1], ends[0], arrowprops=dict(
+        arrowstyle="->", color=color, shrinkA=0, shrinkB=0))
 
 
 def demo(args):

@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 import train
 from extras.fast import check_packs
-from extras.results import name_of
 from plumbing.checkpoints import contents, flags_of
 from plumbing.files import BadInput, read_json
 from plumbing.flags import Help, add_common_flags, run_main
+from plumbing.names import full_name
 from plumbing.outputs import PNG, check_writable, save_figure, write_each, write_json
 from plumbing.provenance import difference, provenance
 from plumbing.runs import outputs as run_outputs
@@ -40,8 +40,8 @@ TRAIN = train.__file__
 WITH_PARENT = str(Path(__file__).with_name("with_parent.py"))
 METHODS = {  # name in the table: flags of train.py
     "flora-r1": "--adapter flora --rank 1",
-    "flora-r4": "--adapter flora --rank 4",
     "lora-r1": "--adapter lora --rank 1",
+    "flora-r4": "--adapter flora --rank 4",
     "lora-r4": "--adapter lora --rank 4",
     "ia3": "--adapter ia3",
     "ia3-c_attn": "--adapter ia3 --targets c_attn",
@@ -63,6 +63,13 @@ LOG = {"heldout_bpb_before": float, "heldout_bpb_after": float, "trainable_param
 MUST_AGREE = ("adapter", "lr", "seed", "steps", "batch_size", "block_size", "dtype", "quantize")
 
 
+def saved(base, x):
+    return base - x
+
+
+SAVED = "held-out bits per byte saved", saved   # what the figure shows
+
+
 def losses(args):
     """Train, and print held-out bits per byte."""
     with outputs(args):
@@ -70,7 +77,7 @@ def losses(args):
         table = {language: losses_row(methods) for language, methods in logs.items()}
         print_accuracy(table, "held-out bits per byte (relative improvement) ± standard deviation "
                        "over seeds", lambda base, x: f"{100 * (base - x) / base:+.1f} %")
-        finish(args, table, sweep, "held-out bits per byte saved", lambda base, x: base - x)
+        finish(args, table, sweep, *SAVED)
 
 
 @contextlib.contextmanager
@@ -314,24 +321,55 @@ def print_accuracy(table, title, change):
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
+MOST = 6   # methods in a figure; the table has all
+
+
 def draw(file, table, title, height):
-    """Bars of height(base, mean) for every row and method of `table`, with the spread of seeds."""
+    """height(base, mean) for every row and the first methods of `table`, with the seeds' spread."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    methods = list(next(iter(table.values())))[1:]
-    rows, width = list(table.values()), 1 / (len(methods) + 1)
-    figure, axis = plt.subplots(figsize=(2.5 + 1.6 * len(table), 3.6))
-    for i, method in enumerate(methods):
-        x = np.arange(len(table)) + (i - (len(methods) - 1) / 2) * width
-        heights = [height(row["base"]["mean"], row[method]["mean"]) for row in rows]
-        spreads = [row[method]["spread"] for row in rows]
-        label = name_of(method).replace("`", "")
-        axis.bar(x, heights, 0.9 * width, yerr=spreads, label=label, capsize=2)
-    axis.set_xticks(range(len(table)), list(table))
-    axis.set(ylabel=title)
+    every = list(next(iter(table.values())))[1:]
+    shown = {method: [(height(row["base"]["mean"], row[method]["mean"]), row[method]["spread"])
+                      for row in table.values()] for method in every[:MOST]}
+    figure, axis = plt.subplots(figsize=(4 + 1.6 * len(table), 4))
+    for i, (method, cells) in enumerate(shown.items()):
+        x = np.arange(len(table)) + (i - (len(shown) - 1) / 2) / (len(shown) + 2)
+        axis.errorbar(x, *zip(*cells), fmt="os^vDP"[i], markersize=5, capsize=3,
+                      label=full_name(method))
+    axis.set_xticks(range(len(table)), map(full_name, table))
+    axis.set(ylabel=f"{title} (higher is better)")
+    left_out = f"; not shown: {', '.join(map(full_name, every[MOST:]))}" if every[MOST:] else ""
+    what = f"mean ± standard deviation over seeds{left_out}"
+    axis.set_title(f"{tell_finding(shown)}\n{what}", fontsize=9)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, file)
+
+
+def tell_finding(shown):
+    """What a figure of {method: [(height, spread) of each row]} says: which is the best in how many
+    rows, and how LoRA and FLoRA of a rank compare."""
+    heights = {method: [height for height, _ in cells] for method, cells in shown.items()}
+    best = [max(shown, key=lambda method: heights[method][i])
+            for i in range(len(next(iter(shown.values()))))]
+    first = max(shown, key=best.count)
+    found = [f"{full_name(first)} is the best of these in {best.count(first)} of {len(best)}"]
+    for flora in shown:
+        lora = flora.replace("flora", "lora", 1)
+        if flora != lora in shown:
+            ahead = tell_ahead(shown[lora], shown[flora])
+            behind = tell_ahead(shown[flora], shown[lora])
+            found.append(f"{full_name(lora)} is ahead of {full_name(flora)} {ahead or 'in none'}"
+                         + (f", behind it {behind}" if behind else ""))
+    return "\n".join(found)
+
+
+def tell_ahead(mine, other):
+    """In how many cells `mine` is higher, and in how many of those by more than the spread; "" for
+    none."""
+    gaps = [(a - b, max(s, t)) for (a, s), (b, t) in zip(mine, other) if a > b]
+    beyond = sum(gap > spread for gap, spread in gaps)
+    return f"in {len(gaps)} of {len(mine)} (beyond the spread in {beyond})" if gaps else ""
 
 
 def finish(args, table, sweep, title, height, **more):

@@ -156,7 +156,7 @@ def draw_ratios(axis, rows):
 
 
 def with_bars(axis, x, rows, key, **look):
-    """A line of row[key] over x, with bars from {key}_low to {key}_high where the rows have them."""
+    """A line of row[key] over x, with bars from {key}_low to {key}_high if the rows have them."""
     y, bars = np.array([row[key] for row in rows]), None
     if all(f"{key}_low" in row for row in rows):
         bars = np.clip([y - [row[f"{key}_low"] for row in rows],

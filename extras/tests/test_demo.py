@@ -69,6 +69,21 @@ def test_programs_with_dollars_are_drawn_as_they_are(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(PNG)
 
 
+def test_arrows_start_and_end_at_the_boxes_and_do_not_meet(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(demo, "save_figure", lambda figure, file: figures.append(figure))
+    demo.draw(str(tmp_path / "f.png"), "Reverse.", dict.fromkeys(demo.ROWS, "x"), dict.fromkeys(demo.ROWS, demo.PASSES))
+    axis, = figures[0].axes
+    boxed = [text for text in axis.texts if text.get_bbox_patch()]
+    boxes = [text.get_bbox_patch().get_window_extent().transformed(axis.transData.inverted()) for text in boxed]
+    arrows = [text for text in axis.texts if not text.get_text()]
+    ends = [point for arrow in arrows for point in (arrow.xy, arrow.xyann)]
+    assert len(arrows) == 8 and len(set(ends)) == 16
+    for x, y in ends:
+        assert any(min(abs(x - box.x0), abs(x - box.x1)) < 0.02 and box.y0 < y < box.y1 for box in boxes)
+    assert any("4 requests, 3 adapters, one batch: 4 of 4 programs" in text.get_text() for text in axis.texts)
+
+
 def test_texts_of_several_heights_stand_side_by_side():
     assert demo.side_by_side(["a\nbcd", "e\nf\n\ng\n"]) == "a     e\nbcd   f\n\n      g"
 

@@ -331,7 +331,7 @@ def make_conversations(folder):
 
 def make_bench_result(folder):
     rows = [dict(mode="throughput", baseline=name, rank=rank, tokens_per_second=9.0 + rank,
-                 request_rate=None)
+                 ratio_to_base=0.9, request_rate=None)
             for name in ("flora", "lora-token") for rank in (1, 2)]
     (folder / "bench.json").write_text(json.dumps(dict(
         rows=rows, model={"name": "m"}, workload={"ranks": [1, 2]},
