@@ -161,7 +161,7 @@ def training_speed(args, model, parameters, adapter_id=None, block=None, steps=N
 
 
 def memory(args):
-    """Gigabytes at most while the 15B base is made int8, and in training steps of the recipe in RESULTS.md."""
+    """Gigabytes at most while the 15B base is made int8, and in training steps of the recipe in RESULTS_APPENDIX.md."""
     model = random_model(args, "starcoder", torch.bfloat16)
     quantize_int8(model)
     device, model.gradient_checkpointing = model.wte.weight.device, True

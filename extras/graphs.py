@@ -4,7 +4,7 @@
 
 Compiled code and graphs are made once per shape, so a step computes all slots, and the cache up to
 a multiple of 256 tokens. On a CPU the compiled step has the plain products, and is slower than the
-packed one (extras/RESULTS.md). NOT TESTED ON A GPU: there was none to test on.
+packed one (extras/RESULTS_APPENDIX.md). NOT TESTED ON A GPU: there was none to test on.
 """
 import torch
 

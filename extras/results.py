@@ -1,25 +1,28 @@
-"""The tables of README.md and extras/RESULTS.md, from the data in extras/results/.
+"""The tables of README.md, extras/RESULTS.md and its appendix, from the data in extras/results/.
 
   python -m extras.results           write the tables anew, each in its place
   python -m extras.results --check   say which differ from their data, exit with 2
+  python -m extras.figures           draw the figures anew
 
 A place is a pair of lines, `<!-- table NAME -->` and `<!-- end -->`, and what stands between them
 is made by the function of TABLES from its files, which the command named in each wrote with --json.
-So no number in a table is typed, and extras/tests/test_results.py fails where one was.
+So no number in a table is typed, and extras/tests/test_results.py fails where one was. Below a
+table stands its command, once in a section; every command stands in the appendix.
 """
+import argparse
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
 from plumbing.figures import tell_rank
 from plumbing.files import BadInput, read_json
-from plumbing.flags import run_main
+from plumbing.flags import Help, run_main
+from plumbing.names import full_name, model_name
 from plumbing.outputs import open_output
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "extras" / "results"
-TEXTS = [ROOT / "README.md", ROOT / "extras" / "RESULTS.md"]
+TEXTS = [ROOT / name for name in ("README.md", "extras/RESULTS.md", "extras/RESULTS_APPENDIX.md")]
 PLACE = re.compile(r"<!-- table (?P<name>\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -29,36 +32,50 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+MOST = 2   # commands below a table; more of them differ in little
+
+
 def caption(*files):
     """By which commands, on what and when; commands that share the rest stand in one sentence."""
     commands = {}
     for data in files:
-        run, machine = data["run"], data["machine"]
-        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
-        about = (f"{threads} of {machine['gpu'] or machine['cpu']}, torch {machine['torch']}, "
-                 f"{run['date']}, commit {run['commit']}.")
-        commands.setdefault(about, []).append(f"`{run['command']}`")
-    return "\n\n".join(f"{', '.join(mine)}: {about}" for about, mine in commands.items())
+        commands.setdefault(provenance(data), []).append(f"`{data['run']['command']}`")
+    lines = []
+    for about, mine in commands.items():
+        if len(mine) > MOST:
+            mine = [f"{mine[0]} and {len(mine) - 1} more "
+                    "[like it](RESULTS_APPENDIX.md#every-command)"]
+        lines.append(f"{', '.join(mine)}: {about}")
+    return "\n\n".join(lines)
+
+
+def provenance(data):
+    run, machine = data["run"], data["machine"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return (f"{threads} of {machine['gpu'] or machine['cpu']}, torch {machine['torch']}, "
+            f"{run['date']}, commit {run['commit']}.")
+
+
+def commands(names, *files):
+    """Every file of data, with what wrote it."""
+    return markdown(["file", "command", "on, when"], [
+        [f"`{name}`", f"`{data['run']['command']}`", provenance(data)]
+        for name, data in zip(names, files)])
 
 
 def line_each(*columns):
     """-> what makes a table with a line for each of the rows of its files; a file without rows is
-    one. columns: (title, the form in which str.format puts the row's and its file's values)."""
+    one. columns: (title, the form in which str.format puts the row's and its file's values, and
+    `name`, what a reader calls the row's file)."""
     def table(*files):
-        lines = [[form.format(**data | row) for _, form in columns]
-                 for data in files for row in data.get("rows", [data])]
+        rows = [data | row | dict(name=full_name(row.get("file", "")))
+                for data in files for row in data.get("rows", [data])]
+        lines = [[form.format(**row) for _, form in columns] for row in rows]
         return markdown([title for title, _ in columns], lines)
     return table
 
 
 # --------------------------------------------------------------------------- results of bench.py
-
-
-NAMES = {   # of kinds, of bench.py's rows and of table1's columns
-    "base": "base", "ia3": "IA3", "flora": "FLoRA", "lora": "LoRA", "hira": "HiRA", "ffba": "FFBA",
-    "ia3-c_attn": "IA3 on `c_attn`", "flora-eq6": "FLoRA, Eq. 6 alone",
-    "lora-token": "LoRA, bmm, adapters gathered per token (the paper's)",
-    "lora-example": "LoRA, bmm per example", "lora-masked": "LoRA, one dense matmul and a mask"}
 
 
 def by_rank(rows, cell):
@@ -69,7 +86,7 @@ def by_rank(rows, cell):
     for name in dict.fromkeys(row["baseline"] for row in rows):
         mine = [row for row in rows if row["baseline"] == name]
         cells = [cell(row) for row in sorted(mine, key=lambda row: row["rank"] or 0)]
-        lines.append([NAMES.get(name, name), *cells, *[""] * (len(ranks) - len(cells))])
+        lines.append([full_name(name), *cells, *[""] * (len(ranks) - len(cells))])
     return markdown(["", *(f"rank {rank}" for rank in ranks)], lines)
 
 
@@ -82,27 +99,22 @@ def speed(row):
 
 
 def share(row):
-    """Of the base's speed, with the 95 % interval where it was measured in turns."""
-    if "decoding_step_seconds" not in row:
+    """Of the base's speed, with the interval where the data has one."""
+    if "ratio_to_base_low" not in row:
         return f"{row['ratio_to_base']:.2f}"
-    return f"{row['ratio_to_base']:.3f} [{row['ratio_to_base_low']:.3f}–{row['ratio_to_base_high']:.3f}]"
-
-
-def speed_or_share(row):
-    if row["method"] == "base" and "decoding_step_seconds" in row:
-        return f"{row['tokens_per_second']:.0f} tokens/s"
-    return share(row) if "decoding_step_seconds" in row else speed(row)
+    low, high = row["ratio_to_base_low"], row["ratio_to_base_high"]
+    return f"{row['ratio_to_base']:.3f} [{low:.3f}–{high:.3f}]"
 
 
 def throughput(data):
-    """The base's generated tokens/s and the others' shares of it, with their 95 % intervals; of older data
-    tokens/s, median [lowest–highest] of the rounds."""
-    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], speed_or_share)
+    """The base's generated tokens/s and the others' shares of it, with their intervals; of older
+    data tokens/s too, median [lowest–highest] of the rounds, since its shares have no interval."""
+    def cell(row):
+        if "ratio_to_base_low" not in row:
+            return speed(row) if row["method"] == "base" else f"{share(row)}; {speed(row)}"
+        return f"{row['tokens_per_second']:.4g} tokens/s" if row["method"] == "base" else share(row)
 
-
-def throughput_shares(data):
-    """The same as shares of the base, the median over the rounds."""
-    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], share)
+    return by_rank([row for row in data["rows"] if row["mode"] == "throughput"], cell)
 
 
 def latency(data):
@@ -113,17 +125,18 @@ def latency(data):
     for row in rows:
         mean, p99 = (1e3 * row[f"seconds_per_output_token_{what}"] for what in ("mean", "p99"))
         cells[row["baseline"], row["rank"], row["request_rate"]] = f"{mean:.1f} / {p99:.1f}"
-    lines = [[f"{NAMES.get(name, name)}{f' r{rank}' if isinstance(rank, int) else ''}",
+    lines = [[f"{full_name(name)}{f' r{rank}' if isinstance(rank, int) else ''}",
               *(cells[name, rank, rate] for rate in rates)]
              for name, rank in dict.fromkeys(key[:2] for key in cells)]
     return markdown(["", *(f"{rate:.3g} requests/s" for rate in rates)], lines)
 
 
-def layer(data):
-    """Shares of the base's rows/s of one projection: a table for each number of tokens."""
+def layer(data, first=0, last=None):
+    """Shares of the base's rows/s of one projection: a table for each number of tokens, from the
+    first to the last of these."""
     rows = [row for row in data["rows"] if row["mode"] == "layer"]
     tables = []
-    for tokens in sorted({row["tokens"] for row in rows}):
+    for tokens in sorted({row["tokens"] for row in rows})[first:last]:
         mine = [row for row in rows if row["tokens"] == tokens]
         base = next(row for row in mine if row["baseline"] == "base")
         tables.append(f"{base['batch']} examples of {tokens} tokens, the base {speed(base)} rows/s:\n\n"
@@ -139,10 +152,10 @@ def inflection(*files):
         p, measured = data["eq7"]["predicted"], data["eq7"]["measured"]
         ranks = [p["inflection_rank"], *(measured[name] for name in names)]
         cells = [tell_rank(float("inf") if rank is None else rank, data) for rank in ranks]
-        lines.append([data["model"]["name"], f"{p['d']}, {p['k']}", f"{p['c1']:.2e}",
+        lines.append([model_name(data["model"]["name"]), f"{p['d']}, {p['k']}", f"{p['c1']:.2e}",
                       f"{p['c2']:.2e}", *cells])
     return markdown(["", "d, k", "c1, s", "c2, s", "Eq. 7",
-                     *(f"measured against {NAMES[name]}" for name in names)], lines)
+                     *(f"measured against {full_name(name)}" for name in names)], lines)
 
 
 def one_request(data):
@@ -157,19 +170,13 @@ def one_request(data):
 # -------------------------------------------------------- results of train.py, table1, toys, passk
 
 
-def name_of(method):
-    """"flora-r4" -> "FLoRA r4"."""
-    kind, _, rank = method.partition("-")
-    return NAMES.get(method) or f"{NAMES[kind]} {rank}"
-
-
 def accuracy(data, methods=None):
     """Mean ± standard deviation over the seeds, a line for each language and a column for each
     method, or each of those named, with its number of parameters."""
     first = next(iter(data["table"].values()))
     methods = methods or [method for method in first if method != "base"]
-    head = [f"{name_of(method)}: {first[method]['parameters']:,}" for method in methods]
-    lines = [[language, f"{row['base']['mean']:.4f}",
+    head = [f"{full_name(method)}: {first[method]['parameters']:,}" for method in methods]
+    lines = [[full_name(language), f"{row['base']['mean']:.4f}",
               *(f"{row[method]['mean']:.4f} ± {row[method]['spread']:.4f}" for method in methods)]
              for language, row in data["table"].items()]
     return markdown(["parameters", "base", *head], lines)
@@ -181,7 +188,7 @@ def trainings(*reports):
     for r in reports:
         precision = f"{r['dtype']}, base in {r['quantize']}" if r["quantize"] else r["dtype"]
         rank = "" if r["adapter"] == "ia3" else f" r{r['rank']}"
-        lines.append([f"`{Path(r['adapter_file']).parent}`", NAMES[r["adapter"]] + rank,
+        lines.append([f"`{Path(r['adapter_file']).parent}`", full_name(r["adapter"]) + rank,
                       f"`{' '.join(r['targets'])}`",
                       f"{r['trainable_parameters']:,}", f"{r['lr']:g}", precision,
                       f"{r['heldout_bpb_before']:.4f} → {r['heldout_bpb_after']:.4f}",
@@ -203,10 +210,10 @@ copies = line_each(   # of LoRAs, by train.py --from-lora
     ("seconds", "{seconds:.0f}"), ("nats per token", "{heldout_loss_after:.4f}"),
     ("the LoRA's", "{heldout_loss_teacher:.4f}"), ("of the LoRA's gain", "{share_of_gain:.1%}"))
 passed = line_each(   # pass@1, by passk
-    ("problems", "{file}"), ("adapter", "{settings[adapter]}"), ("number", "{problems}"),
+    ("problems", "{name}"), ("adapter", "{settings[adapter]}"), ("number", "{problems}"),
     ("programs", "{samples}"), ("pass@1 ± standard error", "{pass@1:.4f} ± {±1:.4f}"))
 judged = line_each(   # completions that were given to passk
-    ("problems", "{file}"), ("completions", "{samples}"), ("passed", "{passed}"),
+    ("problems", "{name}"), ("completions", "{samples}"), ("passed", "{passed}"),
     ("failed", "{failed}"), ("out of time", "{timeout}"))
 
 
@@ -217,7 +224,7 @@ def rates(data):
         tried = {float(rate): value for rate, value in tried.items()}
         best = min(tried, key=tried.get)
         cells = [f"{rate:g}: {tried[rate]:.4f}" for rate in sorted(tried)]
-        lines.append([name_of(method), f"{best:g}", ", ".join(cells)])
+        lines.append([full_name(method), f"{best:g}", ", ".join(cells)])
     return markdown(["", "best", "held-out bits per byte at each rate"], lines)
 
 
@@ -240,15 +247,16 @@ def speech(data):
     tables = []
     for language, methods in data["table"].items():
         base = data["base"][language]
-        lines = [["base", "", "", *error_cells(base), base["endless"], "", ""]]
+        lines = [["base model", "", "", *error_cells(base), base["endless"], "", ""]]
         for method, row in methods.items():
             cells = [with_spread(row[key]) for key in ("wer", "wer_normalised", "cer")]
-            lines.append([method, f"{data['rates'][method]:g}", f"{row['parameters']:,}", *cells,
+            lines.append([full_name(method), f"{data['rates'][method]:g}",
+                          f"{row['parameters']:,}", *cells,
                           ", ".join(map(str, row["endless"]["seeds"])),
                           with_spread(row["heldout_loss"], 3), f"{row['seconds']['mean']:.0f}"])
         seeds = len(next(iter(methods.values()))["wer"]["seeds"])
-        tables.append(f"{language}: {base['clips']} clips, {base['words']} words; {data['steps']} "
-                      f"steps of {data['batch_size']} clips, {data['dtype']}, seeds: {seeds}\n\n" +
+        tables.append(f"{full_name(language)}: {base['clips']} clips, {base['words']} words; "
+                      f"{data['steps']} steps of {data['batch_size']} clips, {data['dtype']}, seeds: {seeds}\n\n" +
                       markdown(["", "rate", "parameters", "raw WER", "normalised WER", "CER",
                                 "endless clips", "loss on `dev`", "training, s"], lines))
     return "\n\n".join(tables)
@@ -262,11 +270,11 @@ heard = line_each(   # by whisper score
 
 def one_training(data):
     """Of whisper train: the error rates before and after, and the loss on dev.tsv."""
-    trained = (f"{NAMES[data['adapter']]} r{data['rank']}, {data['steps']} steps of "
+    trained = (f"{full_name(data['adapter'])} r{data['rank']}, {data['steps']} steps of "
                f"{data['seconds_per_step']:.1f} s in {data['dtype']}")
     lines = [[name, *error_cells(data[when]), data[when]["endless"],
               f"{data[f'heldout_loss_{when}']:.3f}"]
-             for name, when in [("base", "before"), (trained, "after")]]
+             for name, when in [("base model", "before"), (trained, "after")]]
     return markdown(["", "raw WER", "normalised WER", "CER", "endless clips",
                      "loss on `dev`, nats per token"], lines)
 
@@ -274,22 +282,25 @@ def one_training(data):
 # ----------------------------------------------------------------- results of the peers' programs
 
 
-def beside_peft(data):
-    """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory."""
+def beside_peft(data, which=""):
+    """Training beside PEFT: tokens/s, median [lowest–highest] of the runs, and peak memory, of the
+    rows in whose name `which` is found."""
     lines = [[f"{row['name']}, {row['dtype']}", speed(row), f"{row['ratio']:.2f}",
-              f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"] for row in data["rows"]]
+              f"{row['peak_memory_bytes'] / 2**20:.0f} MiB"]
+             for row in data["rows"] if re.search(which, row["name"])]
     return markdown(["", "tokens/s", "of PEFT's LoRA", "peak memory"], lines)
 
 
-def engine(data):
-    """extras/bench_engine.py: tokens/s, the prefill and a step in milliseconds, the shares of its
-    operators, and seconds of the untimed first run, in which weights are packed or code compiled."""
-    parts = list(data["rows"][0]["parts"])
-    lines = [[row["name"], speed(row), of_the_first(row), f"{row['prefill_ms']:.0f}",
-              f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in parts),
-              f"{row['first_run_s']:.1f}"] for row in data["rows"]]
-    head = ["", "tokens/s", "of the first", "prefill ms", "step ms", *parts, "first run s"]
-    return markdown(head, lines)
+def engine(data, parts=True):
+    """extras/bench_engine.py: tokens/s, the prefill and a step in milliseconds and, with parts, the
+    shares of its operators, and seconds of the untimed first run, in which weights are packed or
+    code compiled."""
+    names = list(data["rows"][0]["parts"]) if parts else []
+    lines = [[full_name(row["name"]), speed(row), of_the_first(row), f"{row['prefill_ms']:.0f}",
+              f"{row['step_ms']:.2f}", *(f"{100 * row['parts'][part]:.0f} %" for part in names),
+              *([f"{row['first_run_s']:.1f}"] if parts else [])] for row in data["rows"]]
+    head = ["", "tokens/s", "of the first", "prefill ms", "step ms", *names]
+    return markdown(head + (["first run s"] if parts else []), lines)
 
 
 def of_the_first(row):
@@ -299,17 +310,20 @@ def of_the_first(row):
     return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}–{row['ratio_high']:.3f}]"
 
 
-def peers(data):
-    """Tokens/s of each engine's rows, beside our base in float32 of the same round."""
+def peers(data, adapters=None):
+    """Tokens/s of each engine's rows, beside our base in float32 of the same round; with adapters,
+    those of these alone, without the cases in which tokens differ."""
     lines = [[row["engine"], row["what"], row["dtype"], speed(row), f"{row['ratio_to_base']:.2f}",
               f"{row['ratio_to_peft']:.2f}" if row["ratio_to_peft"] else "",
-              f"{row['same_tokens']:.4g} of {data['new']}"] for row in data["rows"]]
+              f"{row['same_tokens']:.4g} of {data['new']}"]
+             for row in data["rows"] if adapters is None or row["what"] in adapters]
     head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
             "of transformers (+ PEFT) in its dtype", "first tokens as in transformers, float32"]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
-    return (f"{data['model']}'s shape, random weights, {data['requests']} requests of {data['prompt']} + "
-            f"{data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:\n\n"
-            + "\n\n".join([markdown(head, lines), *data["notes"]]))
+    return "\n\n".join([
+        f"{model_name(data['model'])}, random weights, {data['requests']} requests of "
+        f"{data['prompt']} + {data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:",
+        markdown(head, lines), *(data["notes"] if adapters is None else [])])
 
 
 def many(data):
@@ -376,13 +390,20 @@ def engines(*files):
         lines += [[engine, form, *(cell(found[form, export]) for export in exports)]
                   for form in forms]
     notes = [f"({number}) {error}" for number, error in enumerate(errors, start=1)]
-    return "\n\n".join([markdown(["engine", "folder", *exports], lines), *notes])
+    heads = [f"{kind} on {base}" for kind, base in map(export_name, exports)]
+    return "\n\n".join([markdown(["engine", "folder", *heads], lines), *notes])
+
+
+def export_name(export):
+    """"base-hira" -> ("HiRA", "the embedded model")."""
+    base, _, kind = export.rpartition("-")
+    return full_name(kind), model_name("tiny_starcoder_py" if base == "starcoder" else base)
 
 
 def gpu(data):
     """extras/gpu.py: a line for each claim, and Figure 2's shares of the base for each model that was run."""
     lines = [[line["verdict"], line["what"]] for line in data["verdicts"]]
-    tables = [f"{name}, shares of the base's tokens/s:\n\n{throughput_shares(part)}"
+    tables = [f"{name}, shares of the base's tokens/s:\n\n{throughput(part)}"
               for name, part in data["parts"].items() if name.startswith("fig2") and "rows" in part]
     return "\n\n".join([markdown(["", "on a GPU"], lines), *tables])
 
@@ -395,19 +416,22 @@ NOT_YET = {   # tables whose data may be missing, and what then stands in their 
 TABLES = {   # name in the text: (files in extras/results/, what makes the table of them)
     "gpu": ("gpu.json", gpu),
     "fig2-throughput": ("fig2_1b.json", throughput),
-    "fig2-shares": ("fig2_1b.json", throughput_shares),
     "fig2-latency": ("fig2_1b.json", latency),
-    "layer-15b": ("layer_15b.json", layer),
+    "layer-15b": ("layer_15b.json", partial(layer, last=1)),
+    "layer-15b-more": ("layer_15b.json", partial(layer, first=1)),
     "layer-15b-one": ("layer_15b_one.json", layer),
     "layer-15b-long": ("layer_15b_long.json", layer),
-    "peers": ("peers.json", peers),
-    "training": ("training.json", beside_peft),
+    "peers": ("peers.json", partial(peers, adapters=("base", "FLoRA r1", "LoRA r1"))),
+    "peers-all": ("peers.json", peers),
+    "training": ("training.json", partial(beside_peft, which="PEFT|--fast")),
+    "training-all": ("training.json", beside_peft),
     "training-768": ("training_768.json", beside_peft),
     "engines": ("engines_transformers.json engines_vllm.json engines_ctranslate2.json "
                 "engines_llama_cpp.json", engines),
     "many": ("train_many.json", many),
     "many-smollm2": ("train_many_smollm2.json", many),
-    "engine": ("engine.json", engine),
+    "engine": ("engine.json", partial(engine, parts=False)),
+    "engine-parts": ("engine.json", engine),
     "engine-one": ("engine_one.json", engine),
     "engine-embedded": ("engine_embedded.json", engine),
     "whisper-training": ("whisper_training.json", one_training),
@@ -450,29 +474,47 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
                  trainings),
     "programs": ("programs_py.json programs_pl.json programs_js.json programs_sh.json", passed),
 }
+EVERY = sorted({file for name, (files, _) in TABLES.items() if name not in NOT_YET
+                for file in files.split()})
+TABLES["commands"] = " ".join(EVERY), partial(commands, EVERY)
 
 
-def render(place):
-    """A match of PLACE -> it with its table, as it must stand in the text."""
+def render(place, told=()):
+    """A match of PLACE -> (it with its table, as it must stand in the text, the caption). One of
+    the captions already told does not stand there again."""
     name = place["name"]
     if name not in TABLES:
         raise BadInput(f"<!-- table {name} -->: there is no such table; use one of "
                        f"{', '.join(TABLES)}")
     names, table = TABLES[name]
-    if name in NOT_YET and not (DATA / names).exists():
-        return f"<!-- table {name} -->\n{NOT_YET[name]}\n<!-- end -->"
-    data = [read_json(DATA / file) for file in names.split()]
-    return f"<!-- table {name} -->\n{table(*data)}\n\n{caption(*data)}\n<!-- end -->"
+    below, parts = "", [NOT_YET.get(name)]
+    if name not in NOT_YET or (DATA / names).exists():
+        data = [read_json(DATA / file) for file in names.split()]
+        below = caption(*data) if name != "commands" else ""
+        parts = [table(*data), "The same run." if below in told else below]
+    lines = "\n\n".join(part for part in parts if part)
+    return f"<!-- table {name} -->\n{lines}\n<!-- end -->", below
 
 
 def rendered(text):
-    return PLACE.sub(render, text)
+    """A text with all its tables; each command stands once in a section."""
+    parts, told, end = [], set(), 0
+    for place in PLACE.finditer(text):
+        between = text[end:place.start()]
+        if re.search("^##", between, re.MULTILINE):
+            told.clear()
+        table, below = render(place, told)
+        told |= {below} - {""}
+        parts += [between, table]
+        end = place.end()
+    return "".join([*parts, text[end:]])
 
 
 def main():
-    check = "--check" in sys.argv[1:]
-    if sys.argv[1:] not in ([], ["--check"]):
-        raise BadInput(f"{' '.join(sys.argv[1:])}: the only flag is --check")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; exit with 2 where a text differs")
+    check = parser.parse_args().check
     for file in TEXTS:
         text = file.read_text()
         new = rendered(text)

@@ -7,8 +7,8 @@ import pytest
 from plumbing.flags import Help
 from plumbing.tests.test_flags import check_help
 
-SCRIPTS = ["bench_engine", "demo", "gpu", "gpu_parts", "passk", "peers", "peers_engines", "peers_hira", "peers_training", "pretrain",
-           "table1", "toy_problems", "toys", "train_many", "whisper", "whisper_data"]
+SCRIPTS = ["bench_engine", "demo", "figures", "gpu", "gpu_parts", "passk", "peers", "peers_engines", "peers_hira", "peers_training",
+           "pretrain", "results", "table1", "toy_problems", "toys", "train_many", "whisper", "whisper_data"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

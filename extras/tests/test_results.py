@@ -30,6 +30,9 @@ BENCH = ABOUT | EQ7 | dict(rows=[
                        ("layer", {"tokens": 1, "batch": 8})]
     for name, rank, speed in [("base", None, 1000.0), ("ia3", 0.5, 900.0), ("flora", 1, 980.0),
                               ("flora", 8, 400.0), ("lora-token", 1, 800.0), ("lora-token", 8, 700.0)]])
+PAIRED = BENCH | dict(rows=[   # with the intervals of rows that ran in turns
+    row | dict(ratio_to_base_low=row["ratio_to_base"] - 0.002, ratio_to_base_high=row["ratio_to_base"] + 0.002)
+    for row in BENCH["rows"]])
 ALONE = ABOUT | dict(rows=[   # --mode token
     bench_row(name, rank, "token", speed, what=f"row {name}", parameters=parameters)
     for name, rank, speed, parameters in [("base", None, 400.0, 0), ("ffba", 5, 320.0, 12288)]])
@@ -83,7 +86,7 @@ def measured(tiny_folder, tmp_path_factory):
 def project(measured, tmp_path, monkeypatch):
     """A text with one place for each kind of table, filled by main()."""
     lora, copy = measured["lora"], measured["copy"]
-    kinds = [(results.throughput, BENCH), (results.throughput_shares, BENCH), (results.latency, BENCH),
+    kinds = [(results.throughput, BENCH), (results.throughput, PAIRED), (results.latency, BENCH),
              (results.layer, BENCH), (results.accuracy, ACCURACY), (results.rates, ACCURACY),
              (results.speech, WHISPER), (results.inflection, BENCH), (results.one_request, ALONE),
              (results.trainings, lora, copy), (results.copies, copy), (results.bases, lora),
@@ -117,12 +120,13 @@ def test_no_data_names_a_home_folder_of_the_machine_that_measured_it():
 
 
 def test_every_file_of_data_has_a_table_and_every_table_a_place():
-    files = {file for names, _ in results.TABLES.values() for file in names.split()}
+    files = {file for name, (names, _) in results.TABLES.items() if name != "commands" for file in names.split()}
     missing = files - {file.name for file in results.DATA.glob("*.json")}
     assert missing <= {results.TABLES[name][0] for name in results.NOT_YET}
     assert files - missing == {file.name for file in results.DATA.glob("*.json")}
     places = [place["name"] for file in results.TEXTS
               for place in results.PLACE.finditer(file.read_text())]
+    assert len(places) == len(set(places)), "a table stands in two places"
     assert set(places) == set(results.TABLES)
 
 
@@ -134,27 +138,62 @@ def test_a_table_whose_data_is_missing_is_refused_naming_the_file(project):
 
 def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
     text, lora, copy = project.read_text(), measured["lora"], measured["copy"]
-    for part in ["Before.", "980 [979–981]", "| FLoRA | 0.98 | 0.40 |", "1.0 / 2.0",
+    for part in ["Before.", "| base model | 1000 [999–1001] |  |", "| FLoRA | 0.98; 980 [979–981] | 0.40; 400.0 [399.0–401.0] |",
+                 "| base model | 1000 tokens/s |  |", "| FLoRA | 0.980 [0.978–0.982] | 0.400 [0.398–0.402] |",
+                 "| LoRA, bmm per token (the paper's) | 0.800 [0.798–0.802] |", "| FLoRA | 0.98 | 0.40 |", "1.0 / 2.0",
                  "8 examples of 1 tokens, the base 1000 [999–1001] rows/s", "2.5000 ± 0.1000",
                  "0.02: 2.6000, 0.04: 2.5000", "`python bench.py`: 2 threads of a CPU", "commit abc",
-                 "| parameters | base | FLoRA r1: 3,840 | IA3 on `c_attn`: 2,304 |",
-                 "| base | 256, 384 | 2.85e-09 | 3.65e-11 | 2.0 | 1.8 | none up to rank 8 |",
+                 "| parameters | base | FLoRA r1: 3,840 | IA3 on c_attn: 2,304 |", "| C++ headers | 3.0000 |",
+                 "| the embedded model | 256, 384 | 2.85e-09 | 3.65e-11 | 2.0 | 1.8 | none up to rank 8 |",
                  "| row ffba | 5 | 12,288 | 3.12 | 0.32 | 320.0 [319.0–321.0] |",
                  f"| LoRA r1 | `c_attn` | {lora['trainable_parameters']} | 0.001 | float32 | "
                  f"{lora['heldout_bpb_before']:.4f} → {lora['heldout_bpb_after']:.4f} |",
                  f"| {100 * copy['share_of_gain']:.1f}% |", f"{copy['run']['command']}`, `",
-                 "| py.jsonl | none | 2 | 2 | 0.0000 ± 0.0000 |",
-                 "| py.jsonl | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
+                 "| Python | none | 2 | 2 | 0.0000 ± 0.0000 |",
+                 "| Python | 2 | 0 | 2 | 0 |", "| ours | 3187 [1119–3622] | 32 of 32 |",
                  "| 6 s | none | 188 | 96.2 | 92.7 | 50.2 | 6 | 61 |",
-                 "| engine | folder | base-lora | base-hira |", "| vllm 9 | merged | 3 of 4 | (1) |",
+                 "| engine | folder | LoRA on the embedded model | HiRA on the embedded model |", "| vllm 9 | merged | 3 of 4 | (1) |",
                  "| vllm 9 | peft | (2) | (1) |", "(1) no HiRA\n\n(2) no LoRA\n",
                  "| Perl at 0.5 | 1.5000 / 3.0000 | 1.4000 / 2.0000 |",
                  "| 2 | 10.0 / 20.0 | 9.5 | 9.0 / 18.0 | 30.0 / 50.0 | 30.0 / 50.0 | 5.0 % | 2.50 | 2.25 |", "4 requests of 10 new tokens",
-                 "| base | 96.2 | 92.7 | 50.2 | 6 | 2.042 |",
+                 "| base model | 96.2 | 92.7 | 50.2 | 6 | 2.042 |",
                  "| FLoRA r1, 180 steps of 2.0 s in float32 | 66.2 | 92.7 | 50.2 | 6 | 0.949 |",
-                 "| base |  |  | 75.0 | 71.0 | 28.0 | 5 |  |  |",
-                 "| flora-r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 1, 2 | 0.900 ± 0.500 | 300 |"]:
+                 "Czech: 188 clips", "| base model |  |  | 75.0 | 71.0 | 28.0 | 5 |  |  |",
+                 "| FLoRA r1 | 0.01 | 135,168 | 60.0 ± 0.5 | 55.0 ± 0.5 | 19.0 ± 0.5 | 1, 2 | 0.900 ± 0.500 | 300 |"]:
         assert part in text, part
+
+
+def test_a_command_stands_once_in_a_section_and_of_many_alike_the_first(project, measured):
+    place = "<!-- table t0 -->\n<!-- end -->\n"
+    text = results.rendered(f"## One\n{place}{place}### Two\n{place}")
+    one, two = text.split("### Two")
+    assert one.count("`python bench.py`: 2 threads") == one.count("The same run.") == two.count("`python bench.py`") == 1
+    assert "The same run." not in two
+    runs = [BENCH | dict(run=BENCH["run"] | dict(command=f"python {i}")) for i in range(4)]
+    assert results.caption(*runs).startswith("`python 0` and 3 more [like it](RESULTS_APPENDIX.md#every-command): 2 thr")
+    told = results.caption(*runs[:2], BENCH | dict(machine=BENCH["machine"] | dict(threads=1)))
+    assert told.startswith("`python 0`, `python 1`: 2 threads") and "\n\n`python bench.py`: 1 thread of" in told
+    table = results.commands(["a.json", "b.json"], *runs[:2])
+    assert "| `b.json` | `python 1` | 2 threads of a CPU, torch 2.13.0, 2026-11-25, commit abc. |" in table
+
+
+def slug(heading):
+    """What GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_between_the_texts_lead_to_a_file_and_a_heading():
+    texts = [*results.ROOT.glob("*.md"), *results.ROOT.glob("*/*.md")]
+    text = {file: re.sub("```.*?```", "", file.read_text(), flags=re.DOTALL) for file in texts}
+    headings = {file: set(map(slug, re.findall("^#+ (.*)$", text[file], re.MULTILINE))) for file in texts}
+    links = [(file, link) for file in texts for link in re.findall(r"\]\(([^)\s]+)\)", text[file])]
+    assert len(links) > 40
+    for file, link in links:
+        if not link.startswith("http"):
+            name, _, anchor = link.partition("#")
+            target = (file.parent / name).resolve() if name else file
+            assert target.exists(), f"{file.name}: {link}"
+            assert not anchor or anchor in headings[target], f"{file.name}: {link}"
 
 
 def test_what_a_gpu_measured_is_shown_as_far_as_it_went(project):
@@ -166,7 +205,7 @@ def test_what_a_gpu_measured_is_shown_as_far_as_it_went(project):
     write_json(results.DATA / "gpu.json", data)
     text = results.rendered(place)
     for part in ["| holds | tests on CUDA: 3 passed |", "| not run | fig2-15b: ended with status 1 |",
-                 "fig2-1b, shares of the base's tokens/s:\n\n|", "| FLoRA | 0.98 | 0.40 |", "2 threads of a CPU"]:
+                 "fig2-1b, shares of the base's tokens/s:\n\n|", "| FLoRA | 0.98; 980 [979–981] | 0.40;", "2 threads of a CPU"]:
         assert part in text, part
     assert text.count("shares of the base") == 1
 
@@ -187,6 +226,6 @@ def test_a_number_changed_in_a_text_or_in_its_data_is_found(damage, project, mon
 def test_wrong_flags_and_unknown_tables_are_refused(project, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_script(results.main, ["results", "--chek"], monkeypatch)
-    assert "--chek: the only flag is --check" in capsys.readouterr().err
+    assert "unrecognized arguments: --chek" in capsys.readouterr().err
     with pytest.raises(BadInput, match="<!-- table t99 -->: there is no such table; use one of t0, t1"):
         results.rendered("<!-- table t99 -->\n<!-- end -->")
