@@ -240,7 +240,7 @@ NO_ADAPTER = Adapter(0, None, 0, 0)   # in the place of an id that a layer has n
 @dataclass(eq=False)
 class Bank:
     """The adapters of one layer, stacked: row 0 is the base model, row i adapter i; ranks are
-    padded with zeros. float32, but on CUDA a frozen bank rounds LoRA's factors to the model's dtype.
+    padded with zeros. float32, but on CUDA a frozen bank holds LoRA's factors in the model's dtype.
     A part that no adapter of the layer needs is None.
     """
     scale_A: torch.Tensor | None   # [n + 1, R, columns]   ΔW of FLoRA and IA3

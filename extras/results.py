@@ -139,7 +139,7 @@ def layer(data, first=0, last=None):
     for tokens in sorted({row["tokens"] for row in rows})[first:last]:
         mine = [row for row in rows if row["tokens"] == tokens]
         base = next(row for row in mine if row["baseline"] == "base")
-        tables.append(f"{base['batch']} examples of {tokens} tokens, the base {speed(base)} rows/s:\n\n"
+        tables.append(f"{base['batch']} examples of {tokens} token{'s' * (tokens > 1)}, the base {speed(base)} rows/s:\n\n"
                       + by_rank([row for row in mine if row is not base], share))
     return "\n\n".join(tables)
 
@@ -416,7 +416,9 @@ NOT_YET = {   # tables whose data may be missing, and what then stands in their 
 TABLES = {   # name in the text: (files in extras/results/, what makes the table of them)
     "gpu": ("gpu.json", gpu),
     "fig2-throughput": ("fig2_1b.json", throughput),
-    "fig2-latency": ("fig2_1b.json", latency),
+    "fig2-768": ("fig2_768.json", throughput),
+    "fig2-rounds": ("fig2_1b_rounds.json", throughput),
+    "fig2-latency": ("fig2_1b_rounds.json", latency),
     "layer-15b": ("layer_15b.json", partial(layer, last=1)),
     "layer-15b-more": ("layer_15b.json", partial(layer, first=1)),
     "layer-15b-one": ("layer_15b_one.json", layer),

@@ -141,7 +141,7 @@ def test_tables_hold_the_data_and_name_command_and_machine(project, measured):
     for part in ["Before.", "| base model | 1000 [999–1001] |  |", "| FLoRA | 0.98; 980 [979–981] | 0.40; 400.0 [399.0–401.0] |",
                  "| base model | 1000 tokens/s |  |", "| FLoRA | 0.980 [0.978–0.982] | 0.400 [0.398–0.402] |",
                  "| LoRA, bmm per token (the paper's) | 0.800 [0.798–0.802] |", "| FLoRA | 0.98 | 0.40 |", "1.0 / 2.0",
-                 "8 examples of 1 tokens, the base 1000 [999–1001] rows/s", "2.5000 ± 0.1000",
+                 "8 examples of 1 token, the base 1000 [999–1001] rows/s", "2.5000 ± 0.1000",
                  "0.02: 2.6000, 0.04: 2.5000", "`python bench.py`: 2 threads of a CPU", "commit abc",
                  "| parameters | base | FLoRA r1: 3,840 | IA3 on c_attn: 2,304 |", "| C++ headers | 3.0000 |",
                  "| the embedded model | 256, 384 | 2.85e-09 | 3.65e-11 | 2.0 | 1.8 | none up to rank 8 |",
