@@ -32,9 +32,9 @@ from plumbing.flags import EMBEDDED, run_main
 from plumbing.processes import RANK, WORLD, interrupts, over_processes, parallel, say
 from plumbing.prompts import new_text
 from plumbing.registry import extra
-from plumbing.report import finish, make_report, say_sizes
+from plumbing.report import finish, make_report, say_sizes, side_by_side
 from plumbing.runs import begin
-from plumbing.texts import within_budget
+from plumbing.texts import middle_line, within_budget
 from plumbing.tokenizer import Tokenizer
 
 
@@ -328,23 +328,23 @@ def finish_adapter(args, model, adapter_id, report):
 
 
 def show_samples(args, model, tokenizer, heldout, report):
-    """Print how the base and the saved adapter go on in the middle of three held-out texts (many
-    begin alike), by sampling. All are rows of one batch."""
+    """Print how the base and the saved adapter go on after a line from the middle of three held-out
+    texts, by sampling, side by side. All are rows of one batch."""
     if RANK > 0:
         return
-    given, new = min(32, args.block_size // 2), 40   # tokens
-    middles = [text[text.find("\n", len(text) // 2) + 1:] for text in heldout[:3]]
-    prompts = [tokenizer.encode(text, bos=True)[:given] for text in middles]
+    given, new = min(32, args.block_size // 2), 64   # tokens
+    prompts = [tokenizer.encode(middle_line(text), bos=True)[:given] for text in heldout[:3]]
     rows = [prompt for prompt in prompts for _ in ("base", "adapter")]
     ids = [flora.BASE, flora.load_adapter(model, report["adapter_file"])] * len(prompts)
     texts = generate(model, rows, ids, max_new_tokens=new, temperature=0.8, seed=args.seed,
                      eos_id=tokenizer.eos_ids)
     texts = [new_text(tokenizer, text) for text in texts]
-    say(f"\nbase and adapter go on, sampled at temperature 0.8 with seed {args.seed}; look at "
-        "which language each\nwrites (a model as small as the embedded one makes no sense in any):")
+    say(f"\nafter a line of a held-out file, sampled at temperature 0.8 with seed {args.seed}; "
+        "look at which language each writes\n(a model as small as the embedded one makes no sense "
+        "in any):")
     for prompt, base, adapter in zip(prompts, texts[::2], texts[1::2]):
-        say(f"\n=== held out\n{tokenizer.decode(prompt)}\n"
-            f"--- base\n{base}\n--- adapter\n{adapter}")
+        say(f"\n>>> {tokenizer.decode(prompt).strip()}\n"
+            + side_by_side([f"[base]\n{base}", f"[adapter]\n{adapter}"], width=48))
 
 
 # -------------------------------------------------------------------------------------- the command

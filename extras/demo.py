@@ -25,6 +25,7 @@ from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, Help, run_main
 from plumbing.outputs import PNG, check_writable, save_figure
 from plumbing.prompts import cut_at_stop, new_text
+from plumbing.report import side_by_side
 from plumbing.tokenizer import Tokenizer
 
 ROWS = {   # language: (its name, its adapter)
@@ -107,16 +108,6 @@ def time_batch(engine, tokenizer, problems, ids):
     alone = [{language: problem} for language, problem in problems.items()]
     rounds = [(speed([problems]), speed(alone)) for _ in range(ROUNDS)]
     return [statistics.mean(found) for found in zip(*rounds)]
-
-
-def side_by_side(columns):
-    """Texts, as columns of one text."""
-    columns = [text.rstrip("\n").split("\n") for text in columns]
-    height = max(map(len, columns))
-    widths = [max(map(len, lines)) for lines in columns]
-    rows = zip(*(lines + [""] * (height - len(lines)) for lines in columns))
-    return "\n".join("   ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
-                     for row in rows)
 
 
 def draw(file, task, texts, verdicts):

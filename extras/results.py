@@ -217,6 +217,20 @@ judged = line_each(   # completions that were given to passk
     ("failed", "{failed}"), ("out of time", "{timeout}"))
 
 
+def shares(data):
+    """How much of what adapters write is C++, beside the loss: a line for each setting."""
+    lines = [["the base", "", "", "", f"{data['base_bpb']:.4f}", with_spread(data["base"], 3)]]
+    for row in data["rows"]:
+        rank = "" if row["adapter"] == "ia3" else f" r{row['rank']}"
+        lines.append([NAMES[row["adapter"]] + rank, f"`{' '.join(row['targets'])}`",
+                      f"{row['trainable_parameters']:,}", f"{row['lr']:g}", with_spread(row["bpb"], 4),
+                      with_spread(row["share"], 3)])
+    lines.append(["real C++", "", "", "", "", f"{data['real_cpp']:.3f}"])
+    lines.append(["real Python", "", "", "", "", f"{data['real_python']:.3f}"])
+    return markdown(["text of", "on", "parameters", "rate", "held-out bits per byte",
+                     "share that passes for C++"], lines)
+
+
 def rates(data):
     """The search for the learning rates: what was held out, at each rate."""
     lines = []

@@ -25,8 +25,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import flora
 import train
 from extras.fast import check_packs
+from model import model_class, read_config
 from plumbing.checkpoints import contents, flags_of
 from plumbing.files import BadInput, read_json
 from plumbing.flags import Help, add_common_flags, run_main
@@ -144,13 +146,13 @@ def tune(args, data):
     """Choose each method's learning rate by held-out loss on `data` (train.py's flags), a mean over
     --tune-seeds: one seed alone may prefer a rate twice too large. Prints the sweep.
 
-    The rates go from train.py's default up by factors of two to 8, and on in either direction
-    while the last one tried is the best. -> {method: {rate: held-out bits/byte}}
+    The rates go from the kind's own up by factors of two to 8, and on in either direction while
+    the last one tried is the best. -> {method: {rate: held-out bits/byte}}
     """
     sweep, wanted = {method: {} for method in args.methods}, {}
-    for method in args.methods:
-        default = train.parse_args(args.methods[method].split()).lr
-        wanted[method] = [default, 2 * default, 4 * default, 8 * default]
+    for method, flags in args.methods.items():
+        own = flora.adapter_class(train.parse_args(flags.split()).adapter).learning_rate
+        wanted[method] = [own, 2 * own, 4 * own, 8 * own]
     while any(wanted.values()):
         for method, rate, losses in tuning_losses(args, data, wanted):
             sweep[method][rate] = float(np.mean(losses))
@@ -194,10 +196,21 @@ def next_rates(tried):
 
 def train_flags(args, method, data, lr, seed):
     """train.py's flags for one run."""
-    return [*args.methods[method].split(), *data, "--lr", f"{lr:g}", "--seed", str(seed),
+    own = on_own_targets(args.methods[method].split(), args.weights)
+    return [*own, *data, "--lr", f"{lr:g}", "--seed", str(seed),
             "--weights", args.weights, "--steps", str(args.steps), *size_flags(args),
             "--eval-every", str(args.steps), "--eval-tokens", str(args.eval_tokens),
             *(["--quantize", args.quantize] if args.quantize else [])]
+
+
+def on_own_targets(flags, weights):
+    """train.py's flags, with the kind's own targets where they name none: train.py has others for
+    the embedded base."""
+    if "--targets" in flags:
+        return flags
+    family = model_class(read_config(weights).model_type)
+    kind = train.parse_args(flags).adapter
+    return [*flags, "--targets", *flora.default_targets(family, kind)]
 
 
 def size_flags(args):

@@ -32,10 +32,10 @@ from tqdm import tqdm
 import flora
 import train
 from extras.results import many as table_of
-from extras.table1 import CORPORA
+from extras.table1 import CORPORA, on_own_targets
 from plumbing import runs as training_runs
 from plumbing.files import BadInput, read_json
-from plumbing.flags import Help, check_numbers, run_main
+from plumbing.flags import EMBEDDED, Help, check_numbers, run_main
 from plumbing.outputs import JSON, check_writable, write_json
 from plumbing.processes import WORLD, interrupts, start_processes
 from plumbing.provenance import provenance
@@ -197,6 +197,7 @@ def speed(args, shared):
     about = provenance() | dict(repeats=args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         words = random_words(folder)
+        shared = on_own_targets(shared, train.parse_args(shared).weights or EMBEDDED)
         flags = ["--steps", "6", "--eval-every", "1000", "--eval-tokens", "500",
                  "--keep-duplicates", *shared]   # nothing is held out between the steps timed
         cases, seen = list(itertools.product(args.rows, dict.fromkeys([1, *args.speed]))), {}

@@ -1,6 +1,7 @@
 """What a training tells at its end: printed, and as JSON."""
 import shlex
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -16,8 +17,18 @@ def count(parameters):
 
 def say_sizes(args, model, parameters):
     trained, total = count(parameters), count(model.base_parameters())
-    say(f"{args.adapter}: {trained:,} trainable parameters, {100 * trained / total:.4f} % of the "
-        f"base model's {total:,}")
+    on = f" on {' '.join(args.targets)}" if args.targets else ""
+    say(f"{args.adapter}{on}: {trained:,} trainable parameters, {100 * trained / total:.4f} % of "
+        f"the base model's {total:,}; peak learning rate {args.lr:g}")
+
+
+def side_by_side(columns, width=None):
+    """Texts, as columns of one text; lines longer than `width` are cut."""
+    columns = [[line[:width] for line in text.rstrip("\n").split("\n")] for text in columns]
+    widths = [width or max(map(len, lines)) for lines in columns]
+    rows = zip_longest(*columns, fillvalue="")
+    return "\n".join("   ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
+                     for row in rows)
 
 
 def make_report(args, model, parameters, data, log, rate):

@@ -35,11 +35,15 @@ def load_texts(args):
     return training, heldout
 
 
+def middle_line(text):
+    """A line with a word from the middle of a text, as it stands."""
+    lines = f"{text[len(text) // 2:]}\n{text}".splitlines(keepends=True)[1:]
+    return next((line for line in lines if re.search(r"\w{2}", line)), text)
+
+
 def line_of(text):
-    """A line from the middle of a text, to try with what was trained on such."""
-    lines = [line.strip() for line in f"{text[len(text) // 2:]}\n{text}".splitlines()[1:]]
-    words = [line for line in lines if re.search(r"\w{2}", line)]
-    return (words or [text.strip()])[0][:40]
+    """Such a line, to try with what was trained on such."""
+    return middle_line(text).strip()[:40]
 
 
 def find_files(data, extensions=()):

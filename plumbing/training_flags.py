@@ -1,8 +1,13 @@
 """The flags of train.py, which of them go together, and the defaults that follow from others."""
 import argparse
+import os
 
-from plumbing.flags import Help, add_common_flags, check_numbers
+from plumbing.flags import EMBEDDED, Help, add_common_flags, check_numbers
 from plumbing.registry import extra
+
+# The rate and targets with which the embedded base learns most in the default steps, by sweep
+# (extras/RESULTS.md). Elsewhere a kind's own hold: the paper's rate, for a 15B model, PEFT's targets.
+EMBEDDED_DEFAULTS = {"flora": (6.4e-2, ["all"]), "lora": (1.6e-2, ["all"]), "ia3": (8e-2, ["all"])}
 
 
 def parse_args(argv, description, kinds):
@@ -24,9 +29,9 @@ def add_adapter_flags(add, kinds):
         help=f"{', '.join(kinds)}, a kind of extras/ (as ffba), or none: the base itself")
     add("--rank", type=int, default=1, help="r of FLoRA and LoRA; IA3 has none")
     add("--targets", nargs="+", help="StarCoder: c_attn c_attn.qk c_attn.k c_proj c_fc mlp.c_proj, "
-        "or all (default: c_attn; ia3: c_attn mlp.c_proj). Llama: q_proj k_proj v_proj o_proj "
-        "gate_proj up_proj down_proj, or all (default: q_proj v_proj; ia3: k_proj v_proj "
-        "down_proj). ffba: attn mlp, or all (default)")
+        "or all (default: on the embedded base all; on another c_attn; ia3: c_attn mlp.c_proj). "
+        "Llama: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, or all (default: q_proj "
+        "v_proj; ia3: k_proj v_proj down_proj). ffba: attn mlp, or all (default)")
     add("--alpha", type=float, default=8.0, help="LoRA's and FFBA's scale is alpha / rank")
     add("--ffba-activation", choices=["identity", "block"], default="identity",
         help="between FFBA's halves: nothing, or the block's activation")
@@ -52,16 +57,18 @@ def add_data_flags(add):
 
 
 def add_loop_flags(add, kinds):
-    add("--steps", type=int, default=300, help="0 measures alone (with --from-lora: the fit)")
+    add("--steps", type=int, default=200, help="0 measures alone (with --from-lora: the fit)")
     add("--batch-size", type=int, default=8, help="sequences of a micro-batch, of all processes")
     add("--grad-accum", type=int, default=1, help="micro-batches of --batch-size per step")
+    swept = ", ".join(f"{name} {rate:g}" for name, (rate, _) in EMBEDDED_DEFAULTS.items())
     rates = ", ".join(f"{name} {kind.learning_rate:g}" for name, kind in kinds.items())
-    add("--lr", type=float, help=f"peak learning rate (default: the kind's: {rates}, ffba 0.001, "
-        "hira 0.0045, none 0.002)")
+    add("--lr", type=float, help="peak learning rate (default: on the embedded base the best of a "
+        f"sweep: {swept}; on another the kind's, of which FLoRA's and IA3's are the paper's: "
+        f"{rates}; ffba 0.001, hira 0.0045, none 0.002)")
     add("--warmup", type=int, help="steps (default: a twentieth)")
     add("--clip", type=float, default=1.0, help="gradient norm")
     add("--eval-every", type=int,
-        help="steps between held-out losses and checkpoints (default: a tenth)")
+        help="steps between held-out losses and checkpoints (default: a fifth)")
     add("--compile", action="store_true", help="train with torch.compile")
     add("--fast", action="store_true", help="on a CPU: faster and, up to rounding, the same "
         "(extras/fast.py)")
@@ -95,6 +102,8 @@ def check_args(args, error):
 def fill_in(args, kind):
     """The defaults that follow from other flags and the kind (None: the base) -> args."""
     args.fixed_rank = kind.fixed_rank if kind else None
+    if os.path.realpath(args.weights or EMBEDDED) == os.path.realpath(EMBEDDED):
+        fill_in_embedded(args)
     if args.lr is None and kind is None:
         args.lr = extra("pretrain", "--adapter none").LEARNING_RATE
     elif args.lr is None:
@@ -103,9 +112,17 @@ def fill_in(args, kind):
         args.targets = []
     if args.warmup is None:
         args.warmup = args.steps // 20
-    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    args.eval_every = args.eval_every or max(1, args.steps // 5)
     args.tokens_per_step = args.batch_size * args.grad_accum * args.block_size
     rank = "" if args.fixed_rank or args.adapter == "none" else f"-r{args.rank}"
     args.out = args.out or f"out/{args.adapter}{rank}{'-from-lora' if args.from_lora else ''}"
     args.made_with = {}   # filled in by plumbing/runs.py
     return args
+
+
+def fill_in_embedded(args):
+    """The defaults of an adapter of the embedded base."""
+    rate, targets = EMBEDDED_DEFAULTS.get(args.adapter, (None, None))
+    args.lr = args.lr or rate
+    if args.targets is None and not args.from_lora:
+        args.targets = targets

@@ -84,10 +84,6 @@ def test_arrows_start_and_end_at_the_boxes_and_do_not_meet(tmp_path, monkeypatch
     assert any("4 requests, 3 adapters, one batch: 4 of 4 programs" in text.get_text() for text in axis.texts)
 
 
-def test_texts_of_several_heights_stand_side_by_side():
-    assert demo.side_by_side(["a\nbcd", "e\nf\n\ng\n"]) == "a     e\nbcd   f\n\n      g"
-
-
 @pytest.mark.parametrize("flags, sentence", [
     (["--task", "48"], "--task 48: there are tasks 0 to 47"),
     ([], "javascript.safetensors: no such adapter; copy out/javascript/adapter.safetensors there "
