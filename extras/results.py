@@ -222,7 +222,7 @@ def shares(data):
     lines = [["the base", "", "", "", f"{data['base_bpb']:.4f}", with_spread(data["base"], 3)]]
     for row in data["rows"]:
         rank = "" if row["adapter"] == "ia3" else f" r{row['rank']}"
-        lines.append([NAMES[row["adapter"]] + rank, f"`{' '.join(row['targets'])}`",
+        lines.append([full_name(row["adapter"]) + rank, f"`{' '.join(row['targets'])}`",
                       f"{row['trainable_parameters']:,}", f"{row['lr']:g}", with_spread(row["bpb"], 4),
                       with_spread(row["share"], 3)])
     lines.append(["real C++", "", "", "", "", f"{data['real_cpp']:.3f}"])
@@ -460,6 +460,7 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
         "flora-r1", "lora-r1", "flora-r4", "lora-r4", "ia3"])),
     "defaults": ("default_flora.json default_lora.json default_ia3.json default_lora_1e-4.json",
                  trainings),
+    "shares": ("shares.json", shares),
     "judged": ("judged.json", judged),
     "toys": ("toys.json", accuracy),
     "smollm2": ("smollm2.json", accuracy),

@@ -367,12 +367,12 @@ def tell_finding(shown):
             for i in range(len(next(iter(shown.values()))))]
     first = max(shown, key=best.count)
     found = [f"{full_name(first)} is the best of these in {best.count(first)} of {len(best)}"]
-    for flora in shown:
-        lora = flora.replace("flora", "lora", 1)
-        if flora != lora in shown:
-            ahead = tell_ahead(shown[lora], shown[flora])
-            behind = tell_ahead(shown[flora], shown[lora])
-            found.append(f"{full_name(lora)} is ahead of {full_name(flora)} {ahead or 'in none'}"
+    for method in shown:
+        lora = method.replace("flora", "lora", 1)
+        if method != lora in shown:
+            ahead = tell_ahead(shown[lora], shown[method])
+            behind = tell_ahead(shown[method], shown[lora])
+            found.append(f"{full_name(lora)} is ahead of {full_name(method)} {ahead or 'in none'}"
                          + (f", behind it {behind}" if behind else ""))
     return "\n".join(found)
 

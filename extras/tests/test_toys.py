@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from extras import passk, table1, toy_problems, toys
+from extras import passk, table1, teach, toy_problems, toys
 from extras.languages import run_program
 from extras.tests.test_languages import needs
 from extras.tests.test_table1 import small_table, train_here
@@ -13,7 +13,7 @@ from flora import BASE
 from plumbing.adapter_files import load_tensors
 from plumbing.files import BadInput
 from plumbing.outputs import save_tensors
-from test_flora import HERE
+from test_flora import HERE, run_script
 
 
 def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
@@ -86,3 +86,25 @@ def test_more_problems_to_train_on_have_the_steps_of_no_held_out_one(tmp_path):
     assert len(files) == 3   # of 20, 20 and 10 problems
     assert files[0].read_text().count("def f(x):") == 20
     assert files[0].read_text().startswith(toy_problems.solved("py", *tasks[0]))
+
+
+def test_teach_tells_pass_at_1_of_the_base_and_of_the_adapter_that_it_trained(
+        tmp_path, monkeypatch, capsys):
+    needs("pl")
+    make_tasks = toy_problems.make_tasks
+    monkeypatch.setattr(teach, "TEXTS", 40)
+    monkeypatch.setattr(teach, "FLAGS", "--steps 1 --block-size 32 --eval-tokens 200 "
+                                        "--keep-duplicates --eval-every 1")
+    monkeypatch.setattr(teach.toy_problems, "make_tasks", lambda: (make_tasks()[0][:4], []))
+
+    def solutions(model, tokenizer, adapter_id, todo, **settings):
+        """The base knows none by heart, the adapter three of four."""
+        for i, (problem, number) in enumerate(todo):
+            task = make_tasks()[0][i]
+            solution = toy_problems.render("pl", *task, "")["canonical_solution"]
+            yield problem, number, solution if adapter_id != BASE and i < 3 else "", 1, None
+
+    monkeypatch.setattr(passk, "sample_completions", solutions)
+    run_script(teach.main, ["teach", "--i-trust-the-code", "--out", str(tmp_path / "out")], monkeypatch)
+    assert "pass@1 0.000 by the base model, 0.750 with the adapter" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adapter.safetensors").exists()
