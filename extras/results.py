@@ -456,8 +456,6 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "whisper-synthetic": ("whisper_synthetic.json", speech),
     "losses": ("table1.json", accuracy),
     "rates": ("table1.json", rates),
-    "learning": ("table1.json", partial(accuracy, methods=[
-        "flora-r1", "lora-r1", "flora-r4", "lora-r4", "ia3"])),
     "defaults": ("default_flora.json default_lora.json default_ia3.json default_lora_1e-4.json",
                  trainings),
     "shares": ("shares.json", shares),
