@@ -472,7 +472,7 @@ def test_the_table_tunes_trains_scores_and_goes_on(data, tmp_path, monkeypatch, 
     monkeypatch.setattr(whisper, "fit_adapter", lambda args: made.append(args.out) or fit(args))
     whisper.table(whisper.parse_args([*argv, "--seeds", "0", "1"]))
     assert made == [str(tmp_path / "t" / "cs" / method / "1") for method in ("flora-r1", "ia3")]   # the rest was kept
-    assert "| flora-r1 |" in capsys.readouterr().out
+    assert "| FLoRA r1 |" in capsys.readouterr().out
     whisper.table(whisper.parse_args([*argv, "--seeds", "0", "--tune-seeds", "100", "101"]))
     logs = [tmp_path / "t" / "cs" / "tune" / "ia3" / "0.02" / seed / "log.json" for seed in ("100", "101")]
     one, other = (json.loads(log.read_text())["heldout_loss_after"] for log in logs)
