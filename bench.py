@@ -85,7 +85,8 @@ def token(layer):
 def lora_per_token(y, x, rows):
     """flora.add_lora as an engine computes it that flattens tokens (the paper's baseline): every
     token carries a copy of its adapter."""
-    A, B = (rows[part].expand(*x.shape[:2], -1, -1) for part in ("added_A", "added_B"))
+    own = (rows[part].unflatten(0, (len(x), -1)) for part in ("added_A", "added_B"))
+    A, B = (z.expand(-1, x.shape[1], -1, -1).flatten(0, 1) for z in own)     # [b T, r, k or d]
     return flora.add_lora(y, x, dict(added_A=A, added_B=B))
 
 

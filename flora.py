@@ -36,16 +36,16 @@ BASE = 0  # the adapter id that means "no adapter"; adapters are numbered from 1
 def flora_expand(x, times_W0, A, B, bias=None):
     """Eq. 6: Y = A ∘ ((B ∘ X) W0), and a bias. One shared matmul of r rows per token, no bmm.
 
-    x [..., d], A [..., r, k], B [..., r, d], bias [k] or [..., k] -> [..., k] in the widest of
+    x [..., d], A [r, ..., k], B [r, ..., d], bias [k] or [..., k] -> [..., k] in the widest of
     their dtypes. times_W0 multiplies rows by the shared W0, [..., d] -> [..., k]. A and B hold
     each token's own adapter, as rows. For r > 1 the paper takes a mean over the r components; here
     it is a sum, since FLoRA.scale has divided A by r: so one batch may pad ranks with zeros.
     """
-    BX = (B * x.unsqueeze(-2)).to(x.dtype)                   # [..., r, d]
-    XW = times_W0(BX)                                        # [..., r, k]
-    if A.shape[-2] == 1 and bias is not None:                # A ∘ XW + bias by one operator
-        return torch.addcmul(bias.unsqueeze(-2), A, XW).squeeze(-2)
-    Y = (A * XW).sum(-2)                                     # [..., k]
+    BX = (B * x).type_as(x)                                  # [r, ..., d]
+    XW = times_W0(BX)                                        # [r, ..., k]
+    if len(A) == 1 and bias is not None:                     # A ∘ XW + bias by one operator
+        return torch.addcmul(bias, A, XW)[0]
+    Y = (A * XW).sum(0)                                      # [..., k]
     return Y if bias is None else Y + bias
 
 
@@ -64,8 +64,8 @@ def lora_bmm(y, x, A, B):
 
     y [b, T, k], x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k].
     """
-    XB = torch.bmm(x.to(B.dtype), B)                                # [b, T, r]
-    return torch.baddbmm(y.to(A.dtype), XB, A)                      # [b, T, k]
+    XB = torch.bmm(x.type_as(B), B)                                # [b, T, r]
+    return torch.baddbmm(y.type_as(A), XB, A)                      # [b, T, k]
 
 
 def inflection_rank(c1, c2, d, k):
@@ -268,7 +268,7 @@ def select(stacked, ids):
 
 class Rows:
     """One layer's adapters for one batch: its bank, and ids int64 [b] (one per example) or [b, T]
-    (one per token). rows["scale_A"] are each one's own rows of bank.scale_A, [b, 1 or T, R, m]."""
+    (one per token). rows["scale_A"] are each one's own rows of bank.scale_A."""
 
     def __init__(self, bank, ids):
         self.bank, self.ids, self.kept = bank, ids.view(len(ids), -1), {}         # [b, 1 or T]
@@ -276,7 +276,11 @@ class Rows:
     def __getitem__(self, part):
         if part in self.kept:
             return self.kept[part]
-        own = select(getattr(self.bank, part), self.ids)
+        own = select(getattr(self.bank, part), self.ids)      # [b, 1 or T, R, m]; a bias has no R
+        if part.startswith("scale"):                          # as flora_expand takes it
+            own = own.movedim(2, 0).contiguous()              # [R, b, 1 or T, m]
+        elif part.startswith("added"):                        # as torch.bmm takes it
+            own = own.flatten(0, 1)                           # [b or b T, R, m]
         if not own.requires_grad:   # checkpointing recomputes a block: it must select again
             self.kept[part] = own
         return own
@@ -287,7 +291,7 @@ NO_ROWS = Rows(Bank(None, None, None, None, None), torch.zeros(1, dtype=torch.in
 
 def add_lora(y, x, rows):
     """y + LoRA's addend, an adapter per example or per token: y [b, T, k], x [b, T, d]."""
-    A, B = rows["added_A"].flatten(0, 1), rows["added_B"].flatten(0, 1)      # [n, r, k or d]
+    A, B = rows["added_A"], rows["added_B"]                                  # [n, r, k or d]
     y_rows, x_rows = (z.reshape(len(A), -1, z.shape[-1]) for z in (y, x))    # [n, b T / n, k or d]
     return lora_bmm(y_rows, x_rows, A, B.mT).view(y.shape)
 
@@ -317,7 +321,7 @@ class AdapterLinear(nn.Linear):
         y = self.scaled(x, rows)
         if rows.bank.added_A is not None:
             y = self.add_lora(y, x, rows)
-        return y.to(x.dtype)
+        return y.type_as(x)
 
     def product(self, x, bias=None, lo=0, hi=None):
         """x [..., d] -> x W0[:, lo:hi] (+ bias), in the form in which W0 is held."""
@@ -346,7 +350,7 @@ class AdapterLinear(nn.Linear):
 
     def expanded(self, x, rows, bias):
         """Eq. 6 + bias: x [b, T, d] -> [b, T, columns]."""
-        A, B = rows["scale_A"], rows["scale_B"]                              # [b, 1 or T, R, ...]
+        A, B = rows["scale_A"], rows["scale_B"]                              # [R, b, 1 or T, ...]
         return flora_expand(x, lambda BX: self.product(BX, hi=A.shape[-1]), A, B, bias)
 
     def materialised(self, x, rows, bias):

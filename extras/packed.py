@@ -22,7 +22,7 @@ def pack_weight(weight):
 
 def times_packed(x, weight, bias=None):
     """x [..., d], a packed or plain weight [k, d] of its dtype -> x weightᵀ + bias [..., k]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 class Copies(dict):
@@ -92,7 +92,7 @@ class GeluMLP(MLP):
             packed = c_fc.form.linear.copy(c_fc.weight)
         if packed is None:
             return super().forward(x, adapters)
-        h = torch.ops.mkldnn._linear_pointwise(x, packed, c_fc.bias, "gelu", [],
+        h = torch.ops.mkldnn._linear_pointwise.default(x, packed, c_fc.bias, "gelu", [],
                                                GELUS[self.activation])
         return self.c_proj(h, adapters)
 
