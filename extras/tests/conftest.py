@@ -5,6 +5,7 @@ pytest.register_assert_rewrite("test_flora")
 
 from extras.llama import LlamaConfig  # noqa: E402
 from extras.packed import packs_bfloat16  # noqa: E402
+from extras.tests.two_processes import pytest_runtestloop  # noqa: E402, F401
 from model import GPT  # noqa: E402
 from plumbing.tests.conftest import run_here  # noqa: E402, F401
 from plumbing.tokenizer import Tokenizer  # noqa: E402
