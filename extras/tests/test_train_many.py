@@ -64,7 +64,7 @@ def test_gradients_of_one_pass_are_those_of_each_adapter_alone(family):
             assert gradient.abs().max() > 0
 
 
-@pytest.mark.parametrize("steps,tolerance", [(1, 1e-5), (100, 1e-4)])
+@pytest.mark.parametrize("steps,tolerance", [(1, 1e-5), (40, 1e-4)])
 def test_files_and_losses_are_those_of_trainings_alone(steps, tolerance, tiny_folder, tmp_path):
     """Of other kinds, ranks, rates, numbers of steps and seeds, beside one another."""
     flags = ["--adapter", "flora", "lora", "hira", "--rank", 2, 1, 3, "--lr", 0.008, 0.002, 0.004,
