@@ -15,45 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from extras.int8 import serving
-from extras.llama import Llama, LlamaAttention, LlamaBlock, LlamaMLP
-from extras.packed import Copies, Packed, PackedLinear, attend_to_cache, pack_weight, times_packed
+from extras.joint import Joint
+from extras.llama import Llama, LlamaAttention, LlamaMLP
+from extras.packed import PackedLinear, attend_to_cache
 from flora import gather
 
 MANY_HEADS = 16   # B K from which batched products are the faster attention (Zen 4, bfloat16)
 ROUND = 32        # S is then padded to a multiple: oneDNN compiles a product for each new S
-
-
-def is_plain(layer, adapters):
-    """Whether x W0, packed, is all that a layer does with this batch."""
-    return type(layer.form) is Packed and not (adapters and layer in adapters)
-
-
-def product(x, layer, adapters):
-    """layer(x) for one token a row, x [B, d] -> [B, k]."""
-    if is_plain(layer, adapters):
-        return times_packed(x, layer.form.linear.copy(layer.weight))
-    return layer(x[:, None], adapters)[:, 0]
-
-
-class Joint:
-    """Layers that multiply the same x, their weights packed as one."""
-
-    def __init__(self, *layers):
-        self.layers, self.copies = layers, Copies()
-
-    def __call__(self, x, adapters):
-        """x [..., d] -> what the layers make of it side by side, or None where one is not plain."""
-        if serving(x) and all(is_plain(layer, adapters) for layer in self.layers):
-            return times_packed(x, self.packed())
-
-    def packed(self):
-        """All weights as one, packed at first use and again when one has changed."""
-        weights = [layer.weight for layer in self.layers]
-        now = [(weight.data_ptr(), weight._version) for weight in weights]
-        if "joint" not in self.copies or self.copies["joint"][1] != now:
-            packed = pack_weight(torch.cat([weight.detach() for weight in weights]))
-            self.copies["joint"] = weights, now, packed   # held, so that no other gets an address
-        return self.copies["joint"][2]
 
 
 class Step(NamedTuple):
@@ -74,9 +42,8 @@ def norm(stream, length, weight):
 
 
 def rotate_all(heads, cos, sin):
-    """llama.rotate of all heads [B, H + 2 K, D], in place; for values cos is 1 and sin 0."""
-    turned = heads * cos                                                      # float32
-    return heads.copy_(turned.addcmul_(heads.roll(heads.shape[-1] // 2, -1), sin))
+    """llama.rotate of all heads [B, H + 2 K, D], in float32; for values cos is 1 and sin 0."""
+    return (heads * cos).addcmul_(heads.roll(heads.shape[-1] // 2, -1), sin)
 
 
 def turn_of_heads(cos, sin, config, scale):
@@ -101,7 +68,7 @@ def attend_by_products(q, kv_cache, room, seen):
 
 class PackedAttention(LlamaAttention):
     def heads(self, x, adapters):
-        y = self.qkv(x, adapters)
+        y = self.qkv.plain(x, adapters)
         if y is None:
             return super().heads(x, adapters)
         k = self.k_proj.out_features // self.head_dim
@@ -110,32 +77,26 @@ class PackedAttention(LlamaAttention):
 
     def step(self, x, kv_cache, step):
         """forward for one token a row, x [B, C] -> [B, C]."""
-        heads, K = self.qkv(x, step.adapters), kv_cache.shape[2]
-        if heads is None:
-            heads = torch.cat([product(x, layer, step.adapters) for layer in self.qkv.layers], -1)
-        heads = rotate_all(heads.view(len(x), -1, self.head_dim), *step.turn)
+        heads, K = self.qkv.step(x, step.adapters), kv_cache.shape[2]
+        heads = rotate_all(heads.view(len(x), -1, self.head_dim), *step.turn).to(x.dtype)
         q, kv = heads.tensor_split([heads.shape[1] - 2 * K], 1)
         kv_cache[step.write] = kv.unflatten(1, (1, 2, K))
         if step.room is None:
             y = self.attend(q[:, :, None], *kv_cache, step.mask).view(len(x), -1)
         else:
             y = attend_by_products(q, kv_cache, step.room, step.seen)
-        return product(y, self.o_proj, step.adapters)
+        return self.out.step(y, step.adapters)
 
 
 class PackedMLP(LlamaMLP):
     def gate_and_up(self, x, adapters):
-        y = self.joint(x, adapters)
+        y = self.into.plain(x, adapters)
         return super().gate_and_up(x, adapters) if y is None else y.chunk(2, -1)
 
     def step(self, x, step):
         """forward for one token a row, x [B, C] -> [B, C]."""
-        y = self.joint(x, step.adapters)
-        if y is None:
-            gate, up = (product(x, layer, step.adapters) for layer in self.joint.layers)
-        else:
-            gate, up = y.chunk(2, -1)
-        return product(self.activation(gate).mul_(up), self.down_proj, step.adapters)
+        gate, up = self.into.step(x, step.adapters).chunk(2, -1)
+        return self.out.step(self.activation(gate).mul_(up).to(x.dtype), step.adapters)
 
 
 class PackedLlama(Llama):
@@ -178,6 +139,8 @@ def pack(model):
     for module in model.modules():
         if type(module) is LlamaAttention:
             module.qkv = Joint(module.q_proj, module.k_proj, module.v_proj)
+            module.out = Joint(module.o_proj)
         if type(module) is LlamaMLP:
-            module.joint = Joint(module.gate_proj, module.up_proj)
+            module.into = Joint(module.gate_proj, module.up_proj)
+            module.out = Joint(module.down_proj)
         module.__class__ = FORMS.get(type(module), type(module))

@@ -8,6 +8,7 @@ import torch
 import flora
 from extras import llama_packed, packed
 from extras.int8 import quantize_int8
+from extras.joint import Joint
 from extras.llama import Llama
 from extras.tests.conftest import PACKED
 from model import model_from_config
@@ -53,7 +54,7 @@ def calls(monkeypatch):
             counts[name] = counts.get(name, 0) + 1
             return function(*args)
         monkeypatch.setattr(llama_packed, name, counted)
-    for name in ("norm", "attend_by_products", "times_packed"):
+    for name in ("norm", "attend_by_products"):
         count(name)
     return counts
 
@@ -96,6 +97,41 @@ def test_steps_and_prompts_are_those_of_the_plain_path(shape, kinds, batch, dtyp
         assert ((found - expected).abs() < 1e-5 * expected.abs().max() + 2 * plain_error).all()
     else:
         assert (found - exact).norm() < 1.3 * (expected - exact).norm()
+
+
+@pytest.mark.parametrize("kind, rank, targets, joined", [
+    ("flora", 1, None, True), ("flora", 2, None, False), ("ia3", 1, None, True),
+    ("lora", 4, None, True), ("lora", 5, None, False), ("ffba", 1, None, False),
+    ("lora", 1, ["gate_proj", "o_proj"], True), ("flora", 1, ["up_proj", "down_proj"], True)])
+def test_adapters_of_a_low_rank_are_applied_to_several_layers_at_once(kind, rank, targets, joined):
+    model = llama([(kind, rank, targets)] * 2 + [("lora", 1, targets)] * (kind != "ffba"))
+    rows = torch.tensor([0, 2, 1, 3 % (model.blocks[0].self_attn.q_proj.num_adapters + 1)])
+    cache, ids, positions = model.new_kv_cache(4, 8), rows[:, None] + 5, torch.zeros(4, 1).long()
+    with torch.no_grad():
+        expected = model(ids, rows, cache, positions)
+        model.pack()
+        for adapter_ids in (rows, rows[:, None], flora.gather(model, rows)):   # by token as well
+            found = model(ids, adapter_ids, cache, positions)
+            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    kept = [part for rows in adapter_ids.values() for key, part in rows.kept.items()
+            if isinstance(key, Joint)]
+    assert kept and all((part is not None) == joined for part in kept)
+
+
+@pytest.mark.parametrize("kind", ["flora", "lora"])
+def test_a_layer_with_a_way_of_its_own_is_left_to_it(kind, monkeypatch):
+    """FLoRA by Eq. 4, and LoRA by another function (bench.py)."""
+    ways = []
+    model = llama([(kind, 1, ["q_proj"])])
+    model.pack()
+    monkeypatch.setitem(flora.PATHS, "materialise", lambda layer, x, *_: ways.append(x) or
+                        layer.product(x))
+    if kind == "flora":
+        flora.set_path(model, "materialise")
+    for block in model.blocks if kind == "lora" else ():
+        block.self_attn.q_proj.add_lora = lambda y, x, rows: ways.append(x) or y
+    logits(model, 3, 1, steps=4)
+    assert len(ways) == (1 + 4) * model.config.n_layer
 
 
 def test_only_a_step_that_serves_is_taken(calls):
