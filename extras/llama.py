@@ -10,6 +10,7 @@ Llama 3's RoPE scaling. model.py finds this file by the model_type of a config.j
 Shapes as in model.py: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -20,6 +21,7 @@ from flora import AdapterLinear
 from model import ACTIVATIONS, GPT, Attention, GPTConfig, attend, cached_attention
 from plumbing.files import BadInput, check_json, is_json
 from plumbing.folders import StarCoderFolder, check_supported
+from plumbing.registry import extra
 
 
 @dataclass
@@ -98,9 +100,13 @@ class LlamaAttention(Attention):
         self.v_proj = AdapterLinear(C, config.n_kv_head * self.head_dim, bias=False)
         self.o_proj = AdapterLinear(config.n_head * self.head_dim, C, bias=False)
 
+    def heads(self, x, adapters):
+        """Queries [B, T, H, D], keys and values [B, T, K, D]."""
+        return (project(x, adapters).unflatten(-1, (-1, self.head_dim))
+                for project in (self.q_proj, self.k_proj, self.v_proj))
+
     def forward(self, x, adapters, kv_cache, access):
-        q, k, v = (project(x, adapters).unflatten(-1, (-1, self.head_dim))
-                   for project in (self.q_proj, self.k_proj, self.v_proj))    # [B, T, H or K, D]
+        q, k, v = self.heads(x, adapters)
         q, kv = rotate(q, *access.rope), torch.stack([rotate(k, *access.rope), v], dim=2)
         return self.o_proj(cached_attention(q, kv, kv_cache, access, self.attend), adapters)
 
@@ -115,9 +121,12 @@ class LlamaMLP(nn.Module):
         self.up_proj = AdapterLinear(config.n_embd, config.n_inner, bias=False)
         self.down_proj = AdapterLinear(config.n_inner, config.n_embd, bias=False)
 
+    def gate_and_up(self, x, adapters):
+        return self.gate_proj(x, adapters), self.up_proj(x, adapters)
+
     def forward(self, x, adapters):
-        y = self.activation(self.gate_proj(x, adapters)) * self.up_proj(x, adapters)
-        return self.down_proj(y, adapters)
+        gate, up = self.gate_and_up(x, adapters)
+        return self.down_proj(self.activation(gate) * up, adapters)
 
 
 class LlamaBlock(nn.Module):
@@ -211,6 +220,11 @@ class Llama(GPT):
         tokens = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
         angles = tokens[:, :, None, None] * rope_frequencies(self.config, x.device)   # [B or 1, T, 1, D / 2]
         return LlamaAccess(*super().cache_access(x, kv_cache, positions), (angles.cos(), angles.sin()))
+
+    def pack(self):
+        super().pack()
+        with suppress(BadInput):   # without it a decoding step is the plain one
+            extra("llama_packed", "packing").pack(self)
 
 
 MODEL = Llama
