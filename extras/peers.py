@@ -12,11 +12,12 @@ Needs what this project does not, in an environment of its own; all but the firs
   out/vllm/bin/pip uninstall torchvision torchaudio torchcodec
 
 Random weights in a published shape, and as many random adapters as requests on c_attn, or a Llama's
-q_proj and v_proj, written once as PEFT's folders; every engine opens these. All requests are decoded
-greedily. Before anything is timed the tokens of every row are compared with transformers' and PEFT's
-in float32. A float32 row that has others is left out and named, unless it leaves them at a near-tie
-(NEAR_TIE), which is named too. Then the rows are timed in turns, --repeats rounds of whole runs, the
-finest turns that all engines allow. Ratios are medians of those of each round, with 95 % intervals.
+q_proj and v_proj, written once as PEFT's folders; every engine opens these. All requests are
+decoded greedily. Before anything is timed the tokens of every row are compared with transformers'
+and PEFT's in float32. A float32 row that has others is left out and named, unless it leaves them at
+a near-tie (NEAR_TIE), which is named too. Then the rows are timed in turns, --repeats rounds of
+whole runs, the finest turns that all engines allow. Ratios are medians of those of each round, with
+95 % intervals.
 
 PEFT mixes LoRAs in a batch by adapter_names. It ignores them for HiRA, the form in which it opens a
 FLoRA, so its tokens for FLoRA come from one adapter after another, and are not timed. llama.cpp has

@@ -5,6 +5,7 @@ requests greedily, each with its own adapter, -> the new tokens of each. An engi
 missing has a function that gives its rows and the versions of its packages (OTHERS).
 """
 import json
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -162,7 +163,7 @@ def transformers_run(args, model, prompts, **settings):
     return rows[:, args.prompt:].tolist()
 
 
-# --------------- engines that may be missing -> (rows, versions); Unable and why, if here they cannot
+# -------------- engines that may be missing -> (rows, versions); Unable and why, where they cannot
 
 
 class Unable(Exception):
@@ -263,7 +264,8 @@ class Worker:
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [args.vllm_python, WORKER, json.dumps(settings)], text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                env=os.environ | surroundings(args.vllm_python))
         self.version = self.answer()["ready"]
 
     def answer(self):
@@ -277,6 +279,13 @@ class Worker:
         with suppress(BrokenPipeError):   # it has ended, which answer() tells
             print(json.dumps(dict(prompts=prompts, new=new)), file=self.process.stdin, flush=True)
         return self.answer()
+
+
+def surroundings(python):
+    """Variables for a worker: extras/ is no place to look for a package, since it has a requests.py;
+    and the OpenMP that vLLM is installed with comes first, as its manual wants for speed."""
+    library = Path(python).absolute().parents[1] / "lib" / "libiomp5.so"
+    return dict(PYTHONSAFEPATH="1") | (dict(LD_PRELOAD=str(library)) if library.exists() else {})
 
 
 WORKER = str(Path(__file__).with_name("peers_vllm.py"))

@@ -1,6 +1,6 @@
 """vLLM as a worker of extras/peers.py: imports vLLM and the standard library alone.
 
-  PYTHON_WITH_VLLM extras/peers_vllm.py SETTINGS
+  PYTHONSAFEPATH=1 PYTHON_WITH_VLLM extras/peers_vllm.py SETTINGS
 
 SETTINGS, a JSON object: model, a folder; dtype; loras, PEFT's folders, one for each request, or
 none; their rank; requests, at most so many at once; length, tokens of each; threads. Once the model
@@ -20,7 +20,8 @@ def open_vllm(settings):
     cores = sorted(os.sched_getaffinity(0))[:settings["threads"]]
     os.environ |= dict(
         HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)))
+        OMP_NUM_THREADS=str(len(cores)), VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)))
     import vllm
     from vllm.lora.request import LoRARequest
     loras = [LoRARequest(f"lora{i}", i, os.path.abspath(folder))

@@ -325,8 +325,8 @@ def of_the_first(row):
 
 
 def peers(data, adapters=None):
-    """Tokens/s of each engine's rows, and how many times as fast as our base in float32 and as its
-    rival they are; with adapters, those of these alone, without the cases in which tokens differ."""
+    """Tokens/s of each engine's rows, beside our base in float32 and their rivals in their dtype;
+    with adapters, those of these alone, without the cases in which tokens differ."""
     lines = [[row["engine"], row["what"], row["dtype"], speed(row), times(row, "ratio_to_base"),
               times(row, "ratio_to_peft"), f"{row['same_tokens']:.4g} of {data['new']}"]
              for row in data["rows"] if adapters is None or row["what"] in adapters]
@@ -340,7 +340,7 @@ def peers(data, adapters=None):
 
 
 def times(row, key):
-    """A ratio, with its interval where the data has one; nothing where there is nothing to compare."""
+    """A ratio, with its interval where the data has one; "" where there was nothing to compare."""
     if row[key] is None:
         return ""
     if f"{key}_low" not in row:
