@@ -314,10 +314,9 @@ def test_a_worker_that_ends_is_told_by_its_last_line(args, fake_vllm):
 
 
 def test_the_worker_imports_vllm_and_the_standard_library_alone():
-    tree = ast.parse(Path(peers_rows.WORKER).read_text())
-    names = {name for node in ast.walk(tree) for name in (
-        [node.module] if isinstance(node, ast.ImportFrom) else
-        [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])}
+    nodes = list(ast.walk(ast.parse(Path(peers_rows.WORKER).read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     assert {name.split(".")[0] for name in names} <= {"vllm", *sys.stdlib_module_names}
 
 
