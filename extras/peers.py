@@ -232,7 +232,7 @@ def parse_args(argv=None):
     add("--requests", type=int, default=8, help="in the batch, each with an adapter")
     add("--prompt", type=int, default=64, help="tokens")
     add("--new", type=int, default=64, help="tokens")
-    add("--repeats", type=int, default=8, help="rounds, each row once in each")
+    add("--repeats", type=int, default=6, help="rounds, each row once in each")
     add("--seed", type=int, default=0, help="of all that is drawn at random")
     add("--json", metavar="FILE", help="write the results there as JSON")
     args = parser.parse_args(argv)

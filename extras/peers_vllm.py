@@ -13,6 +13,7 @@ import os
 import sys
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)   # that vLLM can be opened for
+CACHE = 2**28   # bytes of keys and values: five times what the Llama takes of 8 requests in float32
 
 
 def open_vllm(settings):
@@ -20,8 +21,7 @@ def open_vllm(settings):
     cores = sorted(os.sched_getaffinity(0))[:settings["threads"]]
     os.environ |= dict(
         HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        OMP_NUM_THREADS=str(len(cores)), VLLM_CPU_KVCACHE_SPACE="1",
-        VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)))
+        OMP_NUM_THREADS=str(len(cores)), VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)))
     import vllm
     from vllm.lora.request import LoRARequest
     loras = [LoRARequest(f"lora{i}", i, os.path.abspath(folder))
@@ -33,7 +33,7 @@ def open_vllm(settings):
     engine = vllm.LLM(
         settings["model"], dtype=settings["dtype"], max_model_len=settings["length"],
         max_num_seqs=settings["requests"], skip_tokenizer_init=True,
-        enable_prefix_caching=False, **more)
+        enable_prefix_caching=False, kv_cache_memory_bytes=CACHE, **more)
     return vllm, engine, loras or None
 
 

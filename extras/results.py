@@ -340,12 +340,12 @@ def peers(data, adapters=None):
 
 
 def times(row, key):
-    """A ratio, with its interval where the data has one; "" where there was nothing to compare."""
+    """A ratio with its interval, if it has one; "" where there was nothing to compare with."""
     if row[key] is None:
         return ""
-    if f"{key}_low" not in row:
-        return f"{row[key]:.2f}"
-    return f"{row[key]:.2f} [{row[f'{key}_low']:.2f}–{row[f'{key}_high']:.2f}]"
+    low, high = (row.get(f"{key}_{end}", row[key]) for end in ("low", "high"))
+    interval = "" if low == high else f" [{low:.2f}–{high:.2f}]"
+    return f"{row[key]:.2f}{interval}"
 
 
 def many(data):

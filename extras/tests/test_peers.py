@@ -188,10 +188,9 @@ def test_the_table_compares_rows_in_the_same_round(args, timed, capsys):
     from the second lowest to the second highest."""
     peers.compare(args)
     table = capsys.readouterr().out
-    for line in ["this | base | float32 | 9.0 [2.2–18.0] | 1.00 [1.00–1.00] | 3.00 [3.00–3.00]",
+    for line in ["this | base | float32 | 9.0 [2.2–18.0] | 1.00 | 3.00",
                  "other | base | float32 | 2.6 [0.8–9.0] | 0.25 [0.17–0.50] | 0.75 [0.50–1.50]",
-                 "this | FLoRA r8 | bfloat16 | 4.5 [1.1–9.0] | 0.50 [0.50–0.50] | "
-                 "2.50 [2.50–2.50] | 2.333 of 6"]:
+                 "this | FLoRA r8 | bfloat16 | 4.5 [1.1–9.0] | 0.50 | 2.50 | 2.333 of 6"]:
         assert f"| {line} |" in table
     assert "\n\nwrong, base, float32, left out: other tokens in request 0 at its token 3" in table
     data = read_json(args.json)
@@ -230,7 +229,7 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, **settings):
-        assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "1" and not settings["enable_prefix_caching"]
+        assert os.environ["HF_HUB_OFFLINE"] == "1" and not settings["enable_prefix_caching"]
         if not os.path.isdir(model):
             raise ValueError("no such model")
         self.settings = settings
