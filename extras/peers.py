@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from bench import ratio
-from extras.peers_rows import (OTHERS, NAMES, Unable, open_base, open_peft, our_rows, prepare,
+from extras.peers_rows import (OTHERS, Unable, open_base, open_peft, our_rows, prepare,
                                transformers_rows, transformers_run, versions)
 from extras.results import peers as table_of
 from model import preset

@@ -29,6 +29,7 @@ from plumbing.outputs import write_json
 KINDS = ("flora", "lora")
 NAMES = {"flora": "FLoRA", "lora": "LoRA"}
 TARGETS = {"gpt_bigcode": ["c_attn"], "llama": ["q_proj", "v_proj"]}   # of the adapters, by family
+WORKER = str(Path(__file__).with_name("peers_vllm.py"))
 
 # ---------------------------------------------------------- the weights, as every engine has them
 
@@ -285,9 +286,11 @@ def surroundings(python):
     """Variables for a worker: extras/ is no place to look for a package, since it has a requests.py;
     and the OpenMP that vLLM is installed with comes first, as its manual wants for speed."""
     library = Path(python).absolute().parents[1] / "lib" / "libiomp5.so"
-    return dict(PYTHONSAFEPATH="1") | (dict(LD_PRELOAD=str(library)) if library.exists() else {})
+    variables = dict(PYTHONSAFEPATH="1")
+    if library.exists():
+        variables["LD_PRELOAD"] = str(library)
+    return variables
 
 
-WORKER = str(Path(__file__).with_name("peers_vllm.py"))
 OTHERS = {"CTranslate2": ctranslate2_rows, "llama.cpp": llama_cpp_rows,
           "llama.cpp-LoRA": llama_cpp_lora_rows, "vLLM": vllm_rows}   # by the names of --engines
