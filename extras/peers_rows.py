@@ -6,6 +6,7 @@ missing has a function that gives its rows and the versions of its packages (OTH
 """
 import json
 import os
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -254,7 +255,8 @@ def vllm_rows(args, prompts):
 
 
 class Worker:
-    """extras/peers_vllm.py, in vLLM's environment: the base, or it with the LoRAs of a rank."""
+    """extras/peers_vllm.py, in vLLM's environment: the base, or it with the LoRAs of a rank.
+    Between its runs it is stopped: thirteen threads of gloo wake up all the time."""
 
     def __init__(self, args, dtype, rank=None):
         loras = places(args, "lora", rank) if rank else []
@@ -277,9 +279,12 @@ class Worker:
         return json.loads(line)
 
     def run(self, prompts, new):
+        self.process.send_signal(signal.SIGCONT)
         with suppress(BrokenPipeError):   # it has ended, which answer() tells
             print(json.dumps(dict(prompts=prompts, new=new)), file=self.process.stdin, flush=True)
-        return self.answer()
+        tokens = self.answer()
+        self.process.send_signal(signal.SIGSTOP)
+        return tokens
 
 
 def surroundings(python):

@@ -5,13 +5,16 @@
 SETTINGS, a JSON object: model, a folder; dtype; loras, PEFT's folders, one for each request, or
 none; their rank; requests, at most so many at once; length, tokens of each; threads. Once the model
 is open, prints {"ready": vLLM's version}. Then, for each line of standard input, a JSON object of
-prompts and new, decodes all prompts greedily and prints their new tokens. Between them it waits for
-a line, which takes no processor time. It ends with its input.
+prompts and new, decodes all prompts greedily and prints their new tokens. It ends with its input
+and, since it may be stopped then, with the process that started it.
 """
+import ctypes
 import json
 import os
+import signal
 import sys
 
+PR_SET_PDEATHSIG = 1   # Linux's number
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)   # that vLLM can be opened for
 CACHE = 2**28   # bytes of keys and values: five times what the Llama takes of 8 requests in float32
 
@@ -46,6 +49,7 @@ def decode(vllm, engine, loras, prompts, new):
 
 
 def main():
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)   # what vLLM prints goes to the log
     vllm, engine, loras = open_vllm(json.loads(sys.argv[1]))

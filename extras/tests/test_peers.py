@@ -2,8 +2,11 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ from generate import generate
 from model import GPT
 from plumbing.files import BadInput, read_json
 from plumbing.outputs import write_json
-from test_flora import CONFIGS, TINY, run_script, tiny_model
+from test_flora import CONFIGS, HERE, TINY, run_script, tiny_model
 
 
 @pytest.fixture(params=["gpt_bigcode"])
@@ -278,19 +281,41 @@ def test_vllm_decodes_in_processes_of_another_python_and_a_starcoder_without_lor
     assert "much that it says" in Path(args.folder, "vllm-float32-base.log").read_text()
 
 
-def test_a_worker_waits_idly_and_ends_with_its_input(args, fake_vllm):
+def test_a_worker_takes_no_processor_time_between_its_runs_and_ends_with_its_input(args, fake_vllm):
     worker = peers_rows.Worker(args, "float32")
-    before = processor_seconds(worker.process.pid)
-    with pytest.raises(subprocess.TimeoutExpired):
-        worker.process.wait(0.5)
-    assert processor_seconds(worker.process.pid) - before <= 0.02
+    for state in ("S", "T"):   # it sleeps, then it is stopped
+        before = process_stat(worker.process.pid)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.process.wait(0.5)
+        after = process_stat(worker.process.pid)
+        assert after[0] == state and int(after[11]) + int(after[12]) <= int(before[11]) + int(before[12]) + 2
+        assert worker.run([[1, 5]], 6) == [[5, 9] * 3]
+    worker.process.send_signal(signal.SIGCONT)
     worker.process.stdin.close()
     assert worker.process.wait(60) == 0
 
 
-def processor_seconds(process):
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def process_stat(process):
+    """Linux's: the state, ..., at 11 and 12 hundredths of seconds in the program and the kernel."""
+    time.sleep(0.1)
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
+def test_a_stopped_worker_ends_with_the_process_that_started_it(args, fake_vllm):
+    parent = subprocess.run([sys.executable, "-c", f"""
+import os
+from argparse import Namespace
+from extras.peers_rows import Worker
+worker = Worker(Namespace(**{vars(args)}), "float32")
+worker.run([[1, 5]], 6)
+print(worker.process.pid, flush=True)
+os._exit(0)
+"""], capture_output=True, text=True, cwd=HERE)
+    state, end = "T", time.monotonic() + 10
+    with suppress(FileNotFoundError):   # of a process that has ended and been waited for
+        while state != "Z" and time.monotonic() < end:
+            state = process_stat(int(parent.stdout))[0]
+        assert state == "Z"
 
 
 def test_the_openmp_that_vllm_wants_is_loaded_first_where_it_is_installed(tmp_path):
