@@ -54,6 +54,8 @@ PRESETS = {
     # As large as model.PRESETS["starcoder-cpu"], 27 M parameters
     "llama-cpu": LlamaConfig(vocab_size=8192, n_positions=2048, n_embd=512, n_layer=8, n_head=8,
                              n_kv_head=8, n_inner=1152, tie_word_embeddings=True),
+    "llama-smollm2": LlamaConfig(vocab_size=49152, n_positions=2048, n_embd=576, n_layer=30,
+                                 n_head=9, n_kv_head=3, n_inner=1536, tie_word_embeddings=True),
 }
 ROPE_TYPES = {  # the values of rope_scaling["rope_type"], each with the numbers it needs
     "default": (), "linear": ("factor",),

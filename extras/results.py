@@ -325,11 +325,10 @@ def of_the_first(row):
 
 
 def peers(data, adapters=None):
-    """Tokens/s of each engine's rows, beside our base in float32 of the same round; with adapters,
-    those of these alone, without the cases in which tokens differ."""
-    lines = [[row["engine"], row["what"], row["dtype"], speed(row), f"{row['ratio_to_base']:.2f}",
-              f"{row['ratio_to_peft']:.2f}" if row["ratio_to_peft"] else "",
-              f"{row['same_tokens']:.4g} of {data['new']}"]
+    """Tokens/s of each engine's rows, beside our base in float32 and their rivals in their dtype;
+    with adapters, those of these alone, without the cases in which tokens differ."""
+    lines = [[row["engine"], row["what"], row["dtype"], speed(row), times(row, "ratio_to_base"),
+              times(row, "ratio_to_peft"), f"{row['same_tokens']:.4g} of {data['new']}"]
              for row in data["rows"] if adapters is None or row["what"] in adapters]
     head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
             "of transformers (+ PEFT) in its dtype", "first tokens as in transformers, float32"]
@@ -338,6 +337,15 @@ def peers(data, adapters=None):
         f"{model_name(data['model'])}, random weights, {data['requests']} requests of "
         f"{data['prompt']} + {data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:",
         markdown(head, lines), *(data["notes"] if adapters is None else [])])
+
+
+def times(row, key):
+    """A ratio with its interval, if it has one; "" where there was nothing to compare with."""
+    if row[key] is None:
+        return ""
+    low, high = (row.get(f"{key}_{end}", row[key]) for end in ("low", "high"))
+    interval = "" if low == high else f" [{low:.2f}–{high:.2f}]"
+    return f"{row[key]:.2f}{interval}"
 
 
 def many(data):

@@ -16,6 +16,7 @@ MODELS = {
     "starcoderbase-1b": "StarCoderBase 1B's shape", "starcoderbase-3b": "StarCoderBase 3B's shape",
     "starcoderbase-7b": "StarCoderBase 7B's shape", "starcoder-cpu": "a small StarCoder",
     "tiny_starcoder_py": "tiny_starcoder_py's shape", "llama-cpu": "a small Llama",
+    "llama-smollm2": "SmolLM2-135M's shape",
     "llama-2-7b": "Llama-2 7B's shape", "llama-2-13b": "Llama-2 13B's shape"}
 
 

@@ -80,7 +80,7 @@ def test_presets_have_the_published_sizes():
     with torch.device("meta"):
         sizes = {name: sum(p.numel() for p in model_from_config(preset(name)).parameters()) for name in PRESETS}
     assert {name: round(size / 1e6) for name, size in sizes.items()} == {
-        "llama-2-7b": 6738, "llama-2-13b": 13016, "llama-cpu": 27}
+        "llama-2-7b": 6738, "llama-2-13b": 13016, "llama-cpu": 27, "llama-smollm2": 135}
 
 
 def test_llama_folders_that_do_not_fit_are_refused_naming_the_key(tmp_path):
