@@ -166,25 +166,26 @@ def measure(args, rows):
 
 def summary(args, seconds, same):
     """Rows of the table. Ratios to our base in float32, and to transformers (with PEFT's LoRA of
-    the same rank, mixed) in the same dtype, where it has it."""
+    the same rank, mixed) and to vLLM in the same dtype, where they have it."""
     work, base, rows = args.requests * args.new, seconds["this", "base", "float32"], []
     for row, times in seconds.items():
         found = dict(
             engine=row[0], what=row[1], dtype=row[2], same_tokens=statistics.mean(same[row]),
             tokens_per_second=work / statistics.median(times),
             tokens_per_second_min=work / max(times), tokens_per_second_max=work / min(times))
-        for key, others in [("ratio_to_base", base), ("ratio_to_peft", seconds.get(rival(row)))]:
+        for key, others in [("ratio_to_base", base), ("ratio_to_peft", seconds.get(rival(row))),
+                            ("ratio_to_vllm", seconds.get(rival(row, "vLLM", "vLLM")))]:
             found |= compared(key, others, times) if others else {key: None}
         rows.append(found)
     return rows
 
 
-def rival(row):
-    """transformers' row in the same dtype, with as many LoRAs of the same rank."""
+def rival(row, base="transformers", lora="transformers + PEFT"):
+    """The row of another engine in the same dtype, with as many LoRAs of the same rank."""
     _, what, dtype = row
     if what == "base":
-        return "transformers", "base", dtype
-    return "transformers + PEFT", f"LoRA {what.split()[1]}", dtype
+        return base, "base", dtype
+    return lora, f"LoRA {what.split()[1]}", dtype
 
 
 def compared(key, others, times):

@@ -327,11 +327,16 @@ def of_the_first(row):
 def peers(data, adapters=None):
     """Tokens/s of each engine's rows, beside our base in float32 and their rivals in their dtype;
     with adapters, those of these alone, without the cases in which tokens differ."""
-    lines = [[row["engine"], row["what"], row["dtype"], speed(row), times(row, "ratio_to_base"),
-              times(row, "ratio_to_peft"), f"{row['same_tokens']:.4g} of {data['new']}"]
+    beside = {"of this base in float32": "ratio_to_base",
+              "of transformers (+ PEFT) in its dtype": "ratio_to_peft"}
+    if any(row.get("ratio_to_vllm") for row in data["rows"]):
+        beside["of vLLM in its dtype"] = "ratio_to_vllm"
+    lines = [[row["engine"], row["what"], row["dtype"], speed(row),
+              *(times(row, key) for key in beside.values()),
+              f"{row['same_tokens']:.4g} of {data['new']}"]
              for row in data["rows"] if adapters is None or row["what"] in adapters]
-    head = ["engine", "adapters", "dtype", "tokens/s", "of this base in float32",
-            "of transformers (+ PEFT) in its dtype", "first tokens as in transformers, float32"]
+    head = ["engine", "adapters", "dtype", "tokens/s", *beside,
+            "first tokens as in transformers, float32"]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     return "\n\n".join([
         f"{model_name(data['model'])}, random weights, {data['requests']} requests of "
@@ -341,7 +346,7 @@ def peers(data, adapters=None):
 
 def times(row, key):
     """A ratio with its interval, if it has one; "" where there was nothing to compare with."""
-    if row[key] is None:
+    if row.get(key) is None:
         return ""
     low, high = (row.get(f"{key}_{end}", row[key]) for end in ("low", "high"))
     interval = "" if low == high else f" [{low:.2f}–{high:.2f}]"

@@ -203,6 +203,20 @@ def test_the_table_compares_rows_in_the_same_round(args, timed, capsys):
     assert other["ratio_to_peft_high"] == pytest.approx(3 / 2)
 
 
+def test_a_row_is_compared_with_vllm_of_its_dtype_and_rank(args):
+    row = "this", "FLoRA r1", "bfloat16"
+    seconds = {BASE: [1, 1], row: [2, 4], ("vLLM", "LoRA r1", "bfloat16"): [5, 10],
+               ("vLLM", "LoRA r8", "bfloat16"): [9, 9], ("vLLM", "base", "bfloat16"): [3, 3]}
+    found = peers.summary(args, seconds, dict.fromkeys(seconds, [6]))
+    assert [r["ratio_to_vllm"] for r in found] == [None, 2.5, 1, 1, 1]
+    table = results.peers(dict(
+        rows=found, model="tiny_starcoder_py", new=6, requests=3, prompt=4, repeats=2, versions={},
+        notes=[]))
+    assert "| of vLLM in its dtype |" in table
+    line = next(line for line in table.splitlines() if line.startswith("| this | FLoRA r1"))
+    assert line.endswith("|  | 2.50 | 6 of 6 |")
+
+
 def test_rivals_run_side_by_side_and_every_other_round_in_reverse_order(args, timed):
     peers.compare(args)
     assert timed == TURNS + TURNS[::-1] + TURNS + TURNS[::-1] + TURNS + TURNS[::-1] + TURNS

@@ -18,6 +18,11 @@ SKIPPED = """import pytest
 def test_2():
     pass
 """
+SLOW = """
+import time
+def test_5():
+    time.sleep(2)
+"""
 FAILING = """def test_3():
     print("seen in b")
     assert 1 == 2
@@ -71,7 +76,11 @@ def test_where_the_second_process_dies_the_session_fails_and_names_a_lost_test(t
     assert code and re.search("lost 1 tests, as .*test_c.py::test_9", said), said
 
 
-@pytest.mark.parametrize("flags", [["-s"], ["-k", "test_4"]])
-def test_one_process_runs_alone_where_it_must(tmp_path, flags):
-    code, _, ran = run(tmp_path, [SKIPPED, FAILING, MANY], *flags)
-    assert code == ("-s" in flags) and len({process for _, process in ran}) == 1
+@pytest.mark.parametrize("flags,files", [("-s", 3), ("--basetemp {}", 3), ("-k test_4", 1)])
+def test_one_process_runs_alone_where_it_must(tmp_path, flags, files):
+    """The first file takes so long that a second process would take another."""
+    (tmp_path / "tests").mkdir()
+    texts = [SKIPPED + SLOW, FAILING, MANY]
+    code, _, ran = run(tmp_path / "tests", texts, *flags.format(tmp_path / "base").split())
+    assert code == (files == 3) and len(ran) == files
+    assert len({process for _, process in ran}) == 1

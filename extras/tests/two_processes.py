@@ -1,7 +1,8 @@
 """`pytest` on two cores: a second process runs the same command, and each takes the test files that
 the other has not taken. The first shows the reports of both.
 
-extras/tests/conftest.py turns it on. With --pdb, -s, --lf, --ff or a single file one process runs alone.
+extras/tests/conftest.py turns it on. With --pdb, -s, --lf, --ff, --basetemp or a single file
+one process runs alone.
 """
 import json
 import os
@@ -21,12 +22,9 @@ def pytest_runtestloop(session):
     """pytest's own loop, over the files that this process takes."""
     files = [list(items) for _, items in groupby(session.items, key=lambda item: item.path)]
     if SHARED in os.environ:
-        run_second(session, files, Path(os.environ[SHARED]))
+        run_second(session, files, Path(os.environ.pop(SHARED)))   # tests may start pytest too
         return True
-    option = session.config.option
-    alone = (option.usepdb or option.collectonly or option.capture == "no" or session.testsfailed
-             or getattr(option, "lf", False) or getattr(option, "failedfirst", False))
-    if alone or len(files) < 2 or os.cpu_count() < 2:
+    if must_be_alone(session) or len(files) < 2 or os.cpu_count() < 2:
         return None   # pytest's own loop goes on
     os.environ["OMP_NUM_THREADS"] = "1"   # of the second process, and of those that tests start
     if "torch" in sys.modules:
@@ -34,6 +32,16 @@ def pytest_runtestloop(session):
     with tempfile.TemporaryDirectory() as folder:
         run_first(session, files, Path(folder))
     return True
+
+
+def must_be_alone(session):
+    """Whether a second process would be in the way: of a reader at the terminal, of an order or a
+    folder that was asked for, of pytest-xdist; or whether there is nothing to run."""
+    option = session.config.option
+    seen = option.usepdb or option.capture == "no"
+    asked = getattr(option, "lf", False) or getattr(option, "failedfirst", False) or option.basetemp
+    return (seen or asked or hasattr(session.config, "workerinput")
+            or option.collectonly or session.testsfailed)
 
 
 def run_first(session, files, folder):
