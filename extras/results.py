@@ -324,9 +324,8 @@ def of_the_first(row):
     return f"{row['ratio']:.3f} [{row['ratio_low']:.3f}–{row['ratio_high']:.3f}]"
 
 
-def peers(data, adapters=None):
-    """Tokens/s of each engine's rows, beside our base in float32 and their rivals in their dtype;
-    with adapters, those of these alone, without the cases in which tokens differ."""
+def peers(data):
+    """Tokens/s of each engine's rows, beside our base in float32 and their rivals in their dtype."""
     beside = {"of this base in float32": "ratio_to_base",
               "of transformers (+ PEFT) in its dtype": "ratio_to_peft"}
     if any(row.get("ratio_to_vllm") for row in data["rows"]):
@@ -334,14 +333,14 @@ def peers(data, adapters=None):
     lines = [[row["engine"], row["what"], row["dtype"], speed(row),
               *(times(row, key) for key in beside.values()),
               f"{row['same_tokens']:.4g} of {data['new']}"]
-             for row in data["rows"] if adapters is None or row["what"] in adapters]
+             for row in data["rows"]]
     head = ["engine", "adapters", "dtype", "tokens/s", *beside,
             "first tokens as in transformers, float32"]
     versions = ", ".join(f"{name} {number}" for name, number in data["versions"].items())
     return "\n\n".join([
         f"{model_name(data['model'])}, random weights, {data['requests']} requests of "
         f"{data['prompt']} + {data['new']} tokens, greedy, {data['repeats']} rounds; {versions}:",
-        markdown(head, lines), *(data["notes"] if adapters is None else [])])
+        markdown(head, lines), *data["notes"]])
 
 
 def times(row, key):
@@ -450,8 +449,9 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "layer-15b-more": ("layer_15b.json", partial(layer, first=1)),
     "layer-15b-one": ("layer_15b_one.json", layer),
     "layer-15b-long": ("layer_15b_long.json", layer),
-    "peers": ("peers.json", partial(peers, adapters=("base", "FLoRA r1", "LoRA r1"))),
-    "peers-all": ("peers.json", peers),
+    "peers": ("peers.json", peers),
+    "peers-llama": ("peers_llama.json", peers),
+    "peers-rounds": ("peers_rounds.json", peers),
     "training": ("training.json", partial(beside_peft, which="PEFT|--fast")),
     "training-all": ("training.json", beside_peft),
     "training-768": ("training_768.json", beside_peft),
