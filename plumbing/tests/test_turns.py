@@ -1,4 +1,7 @@
 """bench.py measures in turns: with steps of stated times all is as computed by hand."""
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +67,31 @@ def test_rows_take_turns_and_the_one_that_is_behind_goes_next():
     order.clear()
     bench.run_in_turns(lanes, workload, [0, 1], timed)
     assert order[:7] == [1.0, 2.5, 1.0, 1.0, 2.5, 1.0, 1.0]   # by the clocks: 1, 2.5, 2, 3, 5, ...
+
+
+def test_a_row_is_paired_with_the_bases_own_steps_without_those_of_the_warm_up(monkeypatch):
+    """Steps get longer; the row's take 1.25 times as long as the base's, but in the warm-up."""
+    lanes = {variant: bench.Lane(Engine(served_model([("flora", 1, None)]), slots=2))
+             for variant in [("base", None), ("flora", 1)]}
+    slowness = dict(zip([lane.engine for lane in lanes.values()], [1.0, 1.25]))
+    taken = dict.fromkeys(slowness, 0)
+    for lane in lanes.values():
+        lane.steps, lane.runs = [(100.0, True), (100.0, False)], [dict(tokens_per_second=9.0)]
+
+    def timed(engine):
+        taken[engine] += 1
+        return engine.step(), taken[engine] * slowness[engine]
+
+    args = SimpleNamespace(mode=["throughput"], repeats=2, max_batched_tokens=None)
+    workload = [([1], 9), ([1, 2], 5), ([3], 7), ([4], 4)]
+    monkeypatch.setattr(bench, "make_lanes", lambda _: (lanes, dict.fromkeys(lanes, 0.0)))
+    monkeypatch.setattr(bench, "run_in_turns", partial(bench.run_in_turns, timed=timed))
+    base, row = bench.bench_serving(SimpleNamespace(
+        args=args, workload=workload, variants=[*lanes], rows=bench.ROWS, result={}))
+    for key in ("ratio_to_base", "ratio_to_base_low", "ratio_to_base_high"):
+        assert base[key] == pytest.approx(1) and row[key] == pytest.approx(0.8)
+    assert base["steps"] == row["steps"] == taken[lanes["base", None].engine]
+    assert row["rounds"] == 2 and row["tokens_per_second"] < 9
 
 
 def test_a_ratio_pairs_the_same_steps_and_single_slow_steps_count_for_little():
