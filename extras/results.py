@@ -469,6 +469,8 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "whisper-synthetic": ("whisper_synthetic.json", speech),
     "losses": ("table1.json", accuracy),
     "rates": ("table1.json", rates),
+    "losses-three": ("table1_three.json", accuracy),
+    "rates-three": ("table1_three.json", rates),
     "defaults": ("default_flora.json default_lora.json default_ia3.json default_lora_1e-4.json",
                  trainings),
     "shares": ("shares.json", shares),
