@@ -64,8 +64,8 @@ def lora_bmm(y, x, A, B):
 
     y [b, T, k], x [b, T, d], A [b, r, k] (carrying alpha / r), B [b, d, r] -> [b, T, k].
     """
-    XB = torch.bmm(x.type_as(B), B)                                # [b, T, r]
-    return torch.baddbmm(y.type_as(A), XB, A)                      # [b, T, k]
+    XB = torch.bmm(x.type_as(B), B)                                 # [b, T, r]
+    return torch.baddbmm(y.type_as(A), XB, A)                       # [b, T, k]
 
 
 def inflection_rank(c1, c2, d, k):
