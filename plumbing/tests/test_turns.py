@@ -70,7 +70,8 @@ def test_rows_take_turns_and_the_one_that_is_behind_goes_next():
 
 
 def test_a_row_is_paired_with_the_bases_own_steps_without_those_of_the_warm_up(monkeypatch):
-    """Steps get longer; the row's take 1.25 times as long as the base's, but in the warm-up."""
+    """Steps get longer; the row's take 1.25 times as long as the base's, but in the warm-up. Before
+    that the base serves the workload alone, so that it is not the one to meet each shape first."""
     lanes = {variant: bench.Lane(Engine(served_model([("flora", 1, None)]), slots=2))
              for variant in [("base", None), ("flora", 1)]}
     slowness = dict(zip([lane.engine for lane in lanes.values()], [1.0, 1.25]))
@@ -79,8 +80,9 @@ def test_a_row_is_paired_with_the_bases_own_steps_without_those_of_the_warm_up(m
         lane.steps, lane.runs = [(100.0, True), (100.0, False)], [dict(tokens_per_second=9.0)]
 
     def timed(engine):
+        longer = 1 + taken[lanes["flora", 1].engine]
         taken[engine] += 1
-        return engine.step(), taken[engine] * slowness[engine]
+        return engine.step(), longer * slowness[engine]
 
     args = SimpleNamespace(mode=["throughput"], repeats=2, max_batched_tokens=None)
     workload = [([1], 9), ([1, 2], 5), ([3], 7), ([4], 4)]
@@ -90,7 +92,8 @@ def test_a_row_is_paired_with_the_bases_own_steps_without_those_of_the_warm_up(m
         args=args, workload=workload, variants=[*lanes], rows=bench.ROWS, result={}))
     for key in ("ratio_to_base", "ratio_to_base_low", "ratio_to_base_high"):
         assert base[key] == pytest.approx(1) and row[key] == pytest.approx(0.8)
-    assert base["steps"] == row["steps"] == taken[lanes["base", None].engine]
+    assert base["steps"] == row["steps"] == taken[lanes["flora", 1].engine]
+    assert taken[lanes["base", None].engine] == 1.5 * base["steps"]
     assert row["rounds"] == 2 and row["tokens_per_second"] < 9
 
 
