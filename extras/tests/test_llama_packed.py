@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import bench
 import flora
 from extras import llama_packed, packed
 from extras.int8 import quantize_int8
@@ -110,12 +111,15 @@ def test_adapters_of_a_low_rank_are_applied_to_several_layers_at_once(kind, rank
     with torch.no_grad():
         expected = model(ids, rows, cache, positions)
         model.pack()
-        for adapter_ids in (rows, rows[:, None], flora.gather(model, rows)):   # by token as well
-            found = model(ids, adapter_ids, cache, positions)
-            assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    kept = [part for rows in adapter_ids.values() for key, part in rows.kept.items()
-            if isinstance(key, Joint)]
-    assert kept and all((part is not None) == joined for part in kept)
+        for way in (bench.token, bench.example):   # the paper's LoRA too
+            for _, layer in flora.adapter_layers(model):
+                way(layer)
+            for adapter_ids in (rows, rows[:, None], flora.gather(model, rows)):   # by token as well
+                found = model(ids, adapter_ids, cache, positions)
+                assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+            kept = [part for rows in adapter_ids.values() for key, part in rows.kept.items()
+                    if isinstance(key, Joint)]
+            assert kept and all((part is not None) == joined for part in kept)
 
 
 @pytest.mark.parametrize("kind", ["flora", "lora"])
