@@ -1,9 +1,6 @@
 """extras/blend.py: weighted sets of adapters, against dense weights that are computed here."""
 import json
 import math
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED
 from plumbing.tokenizer import Tokenizer
 from plumbing.tests.conftest import write_jsonl
-from test_flora import HERE, layer_with, plain, random_adapter, run_script, tiny_model
+from test_flora import layer_with, plain, random_adapter, run_script, tiny_model
 
 KINDS = ["flora", "lora", "ia3", "hira"]
 COLUMNS = [None, (0, 24), (6, 30)]   # of 36: all, a beginning, a middle
@@ -230,15 +227,3 @@ def test_the_losses_of_blends_are_those_of_their_parts_at_the_ends(tmp_path, mon
             logits = model(tokens[:, :-1], torch.tensor([i])).log_softmax(-1)
             nats = -logits.gather(-1, tokens[:, 1:, None]).sum().item()
             assert abs(rows[corner][f"{language}_bpb"] - nats / len(text.encode()) / math.log(2)) < 1e-4
-
-
-def test_without_extras_a_blend_is_refused_in_a_sentence(tmp_path):
-    for file in HERE.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    shutil.copytree(HERE / "base", tmp_path / "base")
-    for folder in ("plumbing",):
-        if (HERE / folder).exists():
-            shutil.copytree(HERE / folder, tmp_path / folder)
-    run = subprocess.run([sys.executable, "generate.py", "--prompt", "x", "--adapter", "a*0.5 + b*0.5"],
-                         cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and "needs extras/blend.py, which is not here" in run.stderr

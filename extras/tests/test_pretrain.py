@@ -2,6 +2,7 @@
 import os
 import resource
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from plumbing.files import BadInput, read_json
 from plumbing.flags import EMBEDDED
 from plumbing.texts import find_files
 from plumbing.tokenizer import Tokenizer
-from plumbing.tests.test_checkpoints import check_two_processes
-from test_flora import HEADERS, check_training
+from plumbing.tests.started import Started
+from plumbing.tests.test_checkpoints import TWO, check_two_processes
+from test_flora import HEADERS, check_training, tiny_flags
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "tiny_llama_folder"])
@@ -46,6 +48,16 @@ def test_a_base_model_from_scratch_becomes_a_folder_that_loads(tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
+    """Started here as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=str(free.getsockname()[1]))
+    flags = tiny_flags(tiny_folder, tmp_path / "two", *TWO, "--adapter", "none")
+    for process in [Started("train", *flags, RANK=rank, LOCAL_RANK=rank, **environment)
+                    for rank in "01"]:
+        status, printed = process.communicate()
+        assert status == 0, printed
     check_two_processes("none", tiny_folder, tmp_path)
 
 

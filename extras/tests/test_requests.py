@@ -5,7 +5,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from model import GPT
 from plumbing.files import BadInput
 from plumbing.flags import EMBEDDED, run_main
 from plumbing.tests.conftest import script, write_jsonl
+from plumbing.tests.started import Started
 from plumbing.tokenizer import Tokenizer
 from test_flora import FIXTURES, HERE, run_script, trained
 
@@ -174,21 +174,21 @@ def test_a_second_start_a_kill_and_a_full_disk_lose_nothing(tiny_requests, tmp_p
     _, results, flags = tiny_requests
     requests = [dict(prompt="x" * (i % 15), max_new_tokens=5) for i in range(150)]
     write_jsonl(tmp_path / "in.jsonl", requests)
-    command = [sys.executable, HERE / "generate.py", *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Started("generate", *flags)
     while not (results.exists() and results.stat().st_size) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(BadInput, match="--results .*out.jsonl: another process is writing there"):
         serve(*flags)
     process.kill()
-    process.wait()
+    process.communicate()
     kept = results.read_bytes()
     kept = kept[:kept.rindex(b"\n") + 1]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (len(kept) + 2000, len(kept) + 2000))
-    printed = process.communicate()[1]
-    assert process.returncode == 2 and "Traceback" not in printed, printed
+    process = Started("generate", *flags)
+    full = max(len(kept) + 2000, 4096)   # what it writes to see that it can
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (full, full))
+    status, printed = process.communicate()
+    assert status == 2 and "Traceback" not in printed, printed
     assert "cannot be written (File too large); the results in it are kept" in printed
     assert results.read_bytes().startswith(kept) and results.read_bytes().endswith(b"}\n")
     serve(*flags)
@@ -227,9 +227,13 @@ def test_results_go_to_pipes_and_links_as_they_stand(tiny_requests, tmp_path):
     _, results, flags = tiny_requests
     serve(*flags)
     expected = sorted(results.read_text().splitlines())
-    for target in ("/dev/stdout", "/dev/fd/1"):
-        run = script("generate.py", *replaced(flags, "--results", target))
-        assert run.returncode == 0 and sorted(run.stdout.splitlines()) == expected, run.stderr
+    run = script("generate.py", *replaced(flags, "--results", "/dev/stdout"))
+    assert run.returncode == 0 and sorted(run.stdout.splitlines()) == expected, run.stderr
+    reader, writer = os.pipe()
+    serve(*replaced(flags, "--results", f"/dev/fd/{writer}"))
+    os.close(writer)
+    with open(reader) as pipe:
+        assert sorted(pipe.read().splitlines()) == expected
     serve(*replaced(flags, "--results", "/dev/null"))
     assert Path("/dev/null").is_char_device()
     (tmp_path / "elsewhere").mkdir()

@@ -2,8 +2,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,13 +12,16 @@ import train
 from extras import table1
 from plumbing.files import BadInput
 from plumbing.outputs import write_json
-from test_flora import HEADERS, HERE, tiny_flags
+from plumbing.tests.started import Started
+from test_flora import HEADERS, tiny_flags
 
 
 def train_here(runs, jobs):
-    """table1.train_all in this process, for speed."""
-    return {folder: train.train(train.parse_args([*flags, "--out", folder]))
-            for folder, flags in runs.items()}
+    """table1.train_all in this process and without samples, for speed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "show_samples", lambda *args: None)
+        return {folder: train.train(train.parse_args([*flags, "--out", folder]))
+                for folder, flags in runs.items()}
 
 
 def small_table(command, parse_args, tiny_folder, out, *flags):
@@ -113,18 +114,19 @@ def test_a_finished_cell_counts_by_the_contents_of_its_base_and_data(tiny_folder
     assert "1 trainings were written before there were fingerprints" in capsys.readouterr().err
 
 
-def test_a_second_table_is_refused_and_trainings_end_with_their_parent(tiny_folder, tmp_path):
-    command = [sys.executable, "-m", "extras.table1", "--weights", tiny_folder, "--languages",
+def test_a_second_table_is_refused_and_trainings_end_with_their_parent(
+        tiny_folder, tmp_path, run_here):
+    command = ["extras.table1", "--weights", tiny_folder, "--languages",
                f"h={Path(HEADERS).parent}:.h", "--methods", "flora-r1", "--steps", "100000",
                "--out", tmp_path / "out", "--png", tmp_path / "t.png", "--block-size", "32", "--jobs", "2"]
-    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = Started(*command)
     while not trainings_of(tmp_path) and process.poll() is None:
         time.sleep(0.05)
-    second = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    second = run_here(*command)
     assert second.returncode == 2 and "another process is writing there" in second.stderr
     assert trainings_of(tmp_path)
     process.kill()
-    process.wait()
+    process.communicate()
     deadline = time.time() + 60
     while trainings_of(tmp_path) and time.time() < deadline:
         time.sleep(0.1)
@@ -146,7 +148,7 @@ def trainings_of(folder):
 
 
 def test_a_table_that_cannot_be_written_at_the_end_is_printed_and_the_other_file_written(
-        tiny_folder, tmp_path, monkeypatch, capsys):
+        run_here, tmp_path, monkeypatch, capsys):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(table1, "draw", lambda *args: write_json("/dev/full", {}))
     args = table1.parse_args(["--out", str(tmp_path / "out"), "--png", str(tmp_path / "t.png")])
@@ -155,7 +157,5 @@ def test_a_table_that_cannot_be_written_at_the_end_is_printed_and_the_other_file
         table1.finish(args, table, {}, "title", None)
     assert json.loads((tmp_path / "out" / "table.json").read_text())["table"] == table
     for flag in ("--png", "--json"):
-        run = subprocess.run(
-            [sys.executable, "-m", "extras.table1", "--out", tmp_path / "out", flag, tmp_path],
-            cwd=HERE, capture_output=True, text=True)
+        run = run_here("extras.table1", "--out", tmp_path / "out", flag, tmp_path)
         assert run.returncode == 2 and f"{flag} {tmp_path}: is a folder" in run.stderr

@@ -1,7 +1,5 @@
 """extras/toys.py and toy_problems.py: problems split by task, adapters scored by execution."""
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -13,7 +11,7 @@ from flora import BASE
 from plumbing.adapter_files import load_tensors
 from plumbing.files import BadInput
 from plumbing.outputs import save_tensors
-from test_flora import HERE, run_script
+from test_flora import run_script
 
 
 def test_toys_scores_adapters_by_execution_and_their_own_solutions_pass(
@@ -61,8 +59,9 @@ def change(file):
     return changed, file, {"flora_adapter": json.dumps(metadata)}
 
 
-def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(tmp_path):
-    subprocess.run([sys.executable, "-m", "extras.toy_problems", tmp_path], check=True, cwd=HERE)
+def test_toy_problems_are_split_by_task_and_solved_by_their_solutions_in_every_language(
+        tmp_path, monkeypatch):
+    run_script(toy_problems.main, ["toy_problems", str(tmp_path)], monkeypatch)
     names = None
     for file in sorted(tmp_path.glob("*.jsonl")):
         problems = passk.read_problems(file)

@@ -2,7 +2,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,8 @@ from extras import train_many
 from plumbing.checkpoints import load_checkpoint
 from plumbing.files import BadInput
 from plumbing.flags import run_main
-from test_flora import HERE, random_adapter, run_script, tiny_flags, tiny_model
+from plumbing.tests.started import Started
+from test_flora import random_adapter, run_script, tiny_flags, tiny_model
 
 INCLUDE = Path(torch.__file__).parent / "include" / "c10"
 DATA = {"util": f"{INCLUDE / 'util'}:.h", "core": f"{INCLUDE / 'core'}:.h .hpp", "cpp": str(INCLUDE / "macros"),
@@ -113,17 +113,15 @@ def test_one_that_diverges_stops_alone_and_says_so(tiny_folder, tmp_path, monkey
 def test_killed_or_interrupted_trainings_resume_together_or_alone(how, tiny_folder, tmp_path):
     """A checkpoint is train.py's: what was begun together may go on by itself."""
     flags = ["--steps", 60, "--adapter", "flora"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "extras.train_many", *many_flags(tiny_folder, tmp_path / "cut", *flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE)
+    process = Started("extras.train_many", *many_flags(tiny_folder, tmp_path / "cut", *flags))
     files = [tmp_path / "cut" / name / "checkpoint.pt" for name in ("util", "core")]
     while not all(file.exists() for file in files) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(how)
-    printed = process.communicate()[0]
+    status, printed = process.communicate()
     steps = [load_checkpoint(file)["step"] for file in files]
     assert all(10 <= step < 60 for step in steps) and "Traceback" not in printed, printed
-    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert status == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
         assert f"interrupted at step {steps[0]}; go on with: {sys.executable} -m extras.train_many" in printed
     with pytest.raises(BadInput, match="is an unfinished run at step .*; add --resume"):

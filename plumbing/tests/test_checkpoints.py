@@ -21,12 +21,12 @@ import train
 from plumbing.checkpoints import load_checkpoint
 from plumbing.files import BadInput
 from plumbing.flags import run_main
+from plumbing.tests.started import Started
 from test_flora import HEADERS, HERE, run_script, run_train, tiny_flags
 
 
-def start_train(*args, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, str(HERE / "train.py"), *tiny_flags(*args)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def start_train(folder, out, *flags, **environment):
+    return Started("train", *tiny_flags(folder, out, *flags), **environment)
 
 
 @pytest.fixture(params=[(signal.SIGKILL, "flora"), (signal.SIGINT, "lora")],
@@ -38,7 +38,7 @@ def ending(request):
 
 def flags_of(kind):
     """Of the trainings that are cut short, and of the one that is not."""
-    return ["--steps", 150, "--rank", 2, "--adapter", kind]
+    return ["--steps", 100, "--rank", 2, "--adapter", kind]
 
 
 WHOLE = {}   # {(folder, kind): the report of the training that nothing cuts short}
@@ -56,8 +56,7 @@ def killed(folder, out, *flags):
     while not (out / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
-    printed = process.communicate()[0]
-    return process.returncode, printed
+    return process.communicate()
 
 
 def interrupted(folder, out, *flags):
@@ -83,7 +82,7 @@ def test_a_killed_or_interrupted_run_resumes_with_the_losses_of_an_uninterrupted
     cut_short = interrupted if how == signal.SIGINT else killed
     status, printed = cut_short(tiny_folder, tmp_path / "cut", *flags)
     step = load_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"]
-    assert 10 <= step < 150 and "Traceback" not in printed
+    assert 10 <= step < 100 and "Traceback" not in printed
     assert status == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
         assert f"interrupted at step {step}; go on with:" in printed and "--resume" in printed
@@ -124,16 +123,20 @@ def test_an_interrupted_run_says_how_to_go_on_with_resume_once(
         assert told in capsys.readouterr().out
 
 
+TWO = ["--grad-accum", 2, "--steps", 20]
+
+
 def test_two_processes_give_the_losses_of_one(tiny_folder, tmp_path):
+    flags = tiny_flags(tiny_folder, tmp_path / "two", *TWO, "--adapter", "flora")
+    ran = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                          "--nproc-per-node=2", HERE / "train.py", *flags],
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert ran.returncode == 0, ran.stdout
     check_two_processes("flora", tiny_folder, tmp_path)
 
 
 def check_two_processes(kind, folder, out):
-    flags = ["--adapter", kind, "--grad-accum", 2, "--steps", 20]
-    process = start_train(folder, out / "two", *flags, launcher=(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
-    printed = process.communicate()[0]
-    assert process.returncode == 0, printed
+    flags = [*TWO, "--adapter", kind]
     two = json.loads((out / "two" / "log.json").read_text())
     one = run_train(folder, out / "one", *flags)
     for a, b in zip(two["log"], one["log"], strict=True):
@@ -151,8 +154,8 @@ def test_a_second_start_is_refused_and_a_full_disk_keeps_the_last_good_checkpoin
         run_train(tiny_folder, tmp_path / "cut", *flags, "--resume")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
     process.send_signal(signal.SIGCONT)
-    printed = process.communicate()[0]
-    assert process.returncode == 2 and "Traceback" not in printed, printed
+    status, printed = process.communicate()
+    assert status == 2 and "Traceback" not in printed, printed
     assert "cannot be written (File too large)" in printed
     assert "the last good checkpoint is kept in" in printed
     assert load_checkpoint(checkpoint)["step"] >= 10

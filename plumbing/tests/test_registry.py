@@ -45,6 +45,8 @@ def test_the_core_is_complete_without_extras(tiny_folder, tmp_path):
         f"generate --weights {tiny_folder} --adapter out --prompt a": "needs extras/peft.py",
         f"generate --weights {tiny_folder} --quantize int8 --prompt a": "needs extras/int8.py",
         f"generate --weights {tiny_folder} --requests a --results b": "needs extras/requests.py",
+        f"generate --weights {tiny_folder} --prompt a --adapter 'a*0.5 + b*0.5'":
+            "needs extras/blend.py, which is not here",
         f"bench --weights {tiny_folder} --rows lora-masked": "needs extras/bench_more.py"}
     ran = subprocess.run([sys.executable, "-c", DRIVER], cwd=core, capture_output=True, text=True,
                          input="\n".join([*lines, *refused]),
