@@ -257,28 +257,31 @@ def metrics(lane, first_arrival):
     return found
 
 
-def ratio(base, row, block=16, resamples=1000):
+def ratio(base, row, block=16, near=2, resamples=1000):
     """How many times as fast as `base` a row is, from the seconds of the same steps of both, lists
     of (seconds, whether it ran prompts) -> (ratio, low, high), of which the last two hold 95 %.
 
-    Steps that ran prompts and steps that only decoded count by the median of their paired ratios
-    and by their share of the base's time, so that single slow steps count for little. The interval
-    is that of a bootstrap over blocks of `block` neighbouring steps (ten blocks at least), which
-    share the machine's weather (Carlstein, 1986; Künsch, 1989).
+    The steps are cut into blocks of `block` neighbours, ten blocks at least. A row's seconds in one
+    are the base's over the median of the paired ratios there, so that single slow steps count for
+    little; steps that ran prompts have a median of their own. The interval is that of a local block
+    bootstrap (Paparoditis & Politis, 2002), which draws in the place of each block one that is at
+    most `near` away: it counts the machine's weather, and not the workload's course, in which
+    fewer and fewer requests run.
     """
     (base, prompts), (row, _) = np.transpose(base), np.transpose(row)
     paired, rng = base / row, np.random.default_rng(0)
 
-    def over(steps):
+    def seconds_in(steps):
         kinds = [steps[prompts[steps] == kind] for kind in (0, 1)]
-        seconds = [base[kind].sum() / np.median(paired[kind]) for kind in kinds if len(kind)]
-        return base[steps].sum() / sum(seconds)
+        mine = sum(base[kind].sum() / np.median(paired[kind]) for kind in kinds if len(kind))
+        return base[steps].sum(), mine
 
-    every = np.arange(len(base))
-    blocks = np.array_split(every, max(len(base) // block, min(len(base), 10)))
-    drawn = [over(np.concatenate([blocks[i] for i in rng.integers(0, len(blocks), len(blocks))]))
-             for _ in range(resamples)]
-    return over(every), *np.percentile(drawn, [2.5, 97.5])
+    n = max(len(base) // block, min(len(base), 10))
+    blocks = np.array([seconds_in(steps) for steps in np.array_split(np.arange(len(base)), n)])
+    place = np.arange(n)
+    drawn = rng.integers((place - near).clip(0), (place + near + 1).clip(max=n), (resamples, n))
+    drawn = blocks[drawn].sum(1)                                             # [resamples, 2]
+    return np.divide(*blocks.sum(0)), *np.percentile(np.divide(*drawn.T), [2.5, 97.5])
 
 
 def pairs_of(lane, rate):

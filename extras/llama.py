@@ -10,7 +10,6 @@ Llama 3's RoPE scaling. model.py finds this file by the model_type of a config.j
 Shapes as in model.py: B batch, T tokens, C = n_embd, H = n_head, K = n_kv_head, D = head_dim.
 """
 import math
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -21,7 +20,6 @@ from flora import AdapterLinear
 from model import ACTIVATIONS, GPT, Attention, GPTConfig, attend, cached_attention
 from plumbing.files import BadInput, check_json, is_json
 from plumbing.folders import StarCoderFolder, check_supported
-from plumbing.registry import extra
 
 
 @dataclass
@@ -225,8 +223,8 @@ class Llama(GPT):
 
     def pack(self):
         super().pack()
-        with suppress(BadInput):   # without it a decoding step is the plain one
-            extra("llama_packed", "packing").pack(self)
+        from extras.llama_packed import pack   # which imports this file
+        pack(self)
 
 
 MODEL = Llama

@@ -29,10 +29,10 @@ import argparse
 import statistics
 import time
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from bench import ratio
 from extras.peers_rows import (OTHERS, Unable, open_base, open_peft, our_rows, prepare,
                                transformers_rows, transformers_run, versions)
 from extras.results import peers as table_of
@@ -191,9 +191,10 @@ def rival(row, base="transformers", lora="transformers + PEFT"):
 def compared(key, others, times):
     """How many times as fast as the others, whose seconds are of the same rounds: the median of
     each round's ratio, and the interval of a bootstrap over the rounds that holds 95 %."""
-    runs = [[(seconds, False) for seconds in row] for row in (others, times)]
-    found, low, high = map(float, ratio(*runs, block=1))
-    return {key: found, f"{key}_low": low, f"{key}_high": high}
+    ratios = np.divide(others, times)
+    drawn = np.random.default_rng(0).choice(ratios, (1000, len(ratios)))
+    low, high = np.percentile(np.median(drawn, 1), [2.5, 97.5])
+    return {key: float(np.median(ratios)), f"{key}_low": float(low), f"{key}_high": float(high)}
 
 
 def compare(args):

@@ -2,18 +2,19 @@
 import importlib
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from extras import gpu, gpu_parts
+from extras import gpu
 from extras.gpu import Part
-from model import GPT
 from plumbing import timing
 from plumbing.files import read_json
 from plumbing.flags import run_main
-from test_flora import HERE, TINY, run_script
+from plumbing.tests.started import Started
+from test_flora import HERE, run_script
 
 PARTS = ["tests", "tokens", "graphs", "fig2-1b", "fig2-15b", "free-2", "free-4", "training", "memory"]
 
@@ -23,29 +24,19 @@ def run_here(command, **settings):
     _, *words = command
     name, *sys.argv[1:] = words[words[0] == "-m":]
     if name == "pytest":
-        return subprocess.run(command, **settings)
+        return SimpleNamespace(returncode=Started(name, *sys.argv[1:]).communicate()[0])
     run_main(importlib.import_module(name.removesuffix(".py")).main)
     return SimpleNamespace(returncode=0)
 
 
-@pytest.fixture
-def one_layer(tmp_path):
-    """The tiny model cut to one layer, which is compiled in half of the time."""
-    model = GPT.from_pretrained(TINY)
-    model.config.n_layer, model.transformer.h = 1, model.blocks[:1]
-    model.save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
-
-
-def test_all_parts_run_in_a_rehearsal(one_layer, tmp_path, monkeypatch, capsys):
-    """Each by its own command, but in this process, for speed."""
+def test_all_parts_run_in_a_rehearsal(tmp_path, monkeypatch, capsys):
+    """Each by its own command, but for speed in this process, and what --compile compiles without
+    C++: by the passes that trace and rewrite it. `python -m extras.gpu --rehearse` leaves out nothing."""
     monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(run=run_here, TimeoutExpired=subprocess.TimeoutExpired))
     monkeypatch.setattr(timing, "BYTES", 1 << 20)
-    for module in (gpu, gpu_parts):
-        monkeypatch.setattr(module, "TINY", one_layer)
     monkeypatch.chdir(HERE)   # where it goes itself
-    with torch._inductor.config.patch(compile_threads=1):
-        run_script(gpu.main, ["gpu", "--rehearse", "--out", tmp_path], monkeypatch)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    run_script(gpu.main, ["gpu", "--rehearse", "--out", tmp_path], monkeypatch)
     printed = capsys.readouterr().out
     data = read_json(tmp_path / "gpu.json")
     assert list(data["parts"]) == PARTS and data["rehearsal"]

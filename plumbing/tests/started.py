@@ -14,13 +14,13 @@ FORKS.set_forkserver_preload(["torch.distributed", "safetensors.torch", "sentenc
 
 
 class Started:
-    """A module's main() with a command line, as `python -m module flags` runs it. As of a
-    subprocess.Popen: pid, poll, kill, send_signal, communicate."""
+    """A module's main() with a command line, as `python -m module flags` runs it in this folder. As
+    of a subprocess.Popen: pid, poll, kill, send_signal, communicate."""
 
     def __init__(self, module, *flags, **environment):
         self.output, output = FORKS.Pipe(duplex=False)
         command = [module, *map(str, flags)]
-        self.process = FORKS.Process(target=run, args=(command, output, environment))
+        self.process = FORKS.Process(target=run, args=(command, output, os.getcwd(), environment))
         self.process.start()
         output.close()
         self.pid, self.kill = self.process.pid, self.process.kill
@@ -40,9 +40,10 @@ class Started:
         return self.process.exitcode, printed
 
 
-def run(command, output, environment):
+def run(command, output, folder, environment):
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
+    os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
     module, *sys.argv[1:] = command

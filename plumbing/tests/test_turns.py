@@ -112,6 +112,15 @@ def test_a_ratio_pairs_the_same_steps_and_single_slow_steps_count_for_little():
     assert bench.ratio(base[1:], row[:-1])[2] > 0.9     # another step's base is seen
 
 
+def test_a_ratio_that_changes_in_the_course_of_a_workload_is_no_uncertainty():
+    """Half of the base's time at 0.9 of its speed, half at 0.7: 1 / (0.5 / 0.9 + 0.5 / 0.7)."""
+    base = [(1.0, False)] * 1600
+    row = [(1 / 0.9, False)] * 800 + [(1 / 0.7, False)] * 800
+    found, low, high = bench.ratio(base, row)
+    assert found == pytest.approx(0.7875)
+    assert low < found < high < low + 0.02
+
+
 def test_c1_and_c2_are_seconds_per_multiply_add(monkeypatch):
     """d = 32, k = 48: the two bmm of 5 x 2 tokens take 800 of them at rank 1, the matmul 15,360."""
     times = iter([3.0, 2.0])
