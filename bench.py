@@ -257,7 +257,7 @@ def metrics(lane, first_arrival):
     return found
 
 
-def ratio(base, row, block=16, near=2, resamples=1000):
+def ratio(base, row, block=8, near=2, resamples=1000):
     """How many times as fast as `base` a row is, from the seconds of the same steps of both, lists
     of (seconds, whether it ran prompts) -> (ratio, low, high), of which the last two hold 95 %.
 
@@ -292,7 +292,7 @@ def pairs_of(lane, rate):
 def result_row(bench, variant, lanes, mode, rate, warm_up):
     """One row of the results, from its lane and the base's."""
     (name, rank), lane = variant, lanes[variant]
-    block = 16 if rate is None else 4
+    block = 8 if rate is None else 4
     found, low, high = ratio(pairs_of(lanes["base", None], rate), pairs_of(lane, rate), block)
     speeds = [run["tokens_per_second"] for run in lane.runs]
     steps = {kind: [t for t, prompts in lane.steps if prompts == kind] for kind in (False, True)}

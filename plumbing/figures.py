@@ -81,8 +81,9 @@ def print_summary(result, share):
     if widest:
         print(f"the widest interval of a throughput's ratio is {widest:.3f}")
     if widest > BUSY:
-        print("This machine was too busy to tell rows apart. Close other programs, or keep to one "
-              "core, whose steps no other program holds up: OMP_NUM_THREADS=1 python bench.py ...")
+        print("That is too wide to tell rows apart: this machine was too busy, or the workload is "
+              "short. Close other programs, or keep to one core, whose steps no other program "
+              "holds up: OMP_NUM_THREADS=1 python bench.py ...; or raise --repeats.")
 
 
 def tell_rank(rank, result):
