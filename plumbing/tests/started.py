@@ -20,7 +20,8 @@ class Started:
     def __init__(self, module, *flags, **environment):
         self.output, output = FORKS.Pipe(duplex=False)
         command = [module, *map(str, flags)]
-        self.process = FORKS.Process(target=run, args=(command, output, os.getcwd(), environment))
+        self.process = FORKS.Process(target=run, args=(command, output, os.getcwd(), environment),
+                                     daemon=True)   # it does not outlive the tests
         self.process.start()
         output.close()
         self.pid, self.kill = self.process.pid, self.process.kill

@@ -25,8 +25,8 @@ from plumbing.tests.started import Started
 from test_flora import HEADERS, HERE, run_script, run_train, tiny_flags
 
 
-def start_train(folder, out, *flags, **environment):
-    return Started("train", *tiny_flags(folder, out, *flags), **environment)
+def start_train(*args):
+    return Started("train", *tiny_flags(*args))
 
 
 @pytest.fixture(params=[(signal.SIGKILL, "flora"), (signal.SIGINT, "lora")],
