@@ -347,7 +347,7 @@ def draw_together(files, png):
                     f"inflection rank by Eq. 7 {predicted}, measured {measured}")
     right.axhline(1, color="grey", linewidth=1)
     for axis, what in (left, "speed, share of the base model's"), (right, "FLoRA's speed / LoRA's"):
-        axis.set(xlabel="rank", ylabel=f"{what} (higher is better)")
+        axis.set(xlabel="rank", ylabel=f"{what}\n(higher is better)")
         axis.set_xscale("log", base=2)
         axis.set_xticks(ranks, ranks)
         axis.minorticks_off()

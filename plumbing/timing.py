@@ -43,20 +43,47 @@ def measure_limits(device, dtype):
     return max(copied, summed), 2 * n**3 / seconds(lambda: square @ square, device)
 
 
+def seconds_on_one_thread(f, device):
+    """Median seconds of f() when it may use one core alone; None where it uses no more anyway."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return None
+    torch.set_num_threads(1)
+    try:
+        return seconds(f, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def tell_of_threads(several, one):
+    """Say so where a decoding step of `several` seconds would take `one`, fewer, on one core."""
+    if one and several > 1.2 * one:
+        print(f"A decoding step takes {1e3 * several:.1f} ms on {torch.get_num_threads()} threads "
+              f"and {1e3 * one:.1f} on one: other programs hold cores that it waits for, or the "
+              "model is small. On one core this is faster: OMP_NUM_THREADS=1 python bench.py ...",
+              flush=True)
+
+
 @torch.inference_mode()
 def share_of_limits(model, weights, slots, bandwidth, flops):
-    """Both limits, and the base's share of them in decoding and in prefilling `slots` requests.
-    weights: of the projections."""
+    """Both limits, and the base's share of them in decoding and in prefilling `slots` requests; says
+    so where one thread decodes faster than all. weights: of the projections."""
     device, T = model.wte.weight.device, min(256, model.config.n_positions // 2)
     ids = torch.zeros(slots, T, dtype=torch.int64, device=device)
     cache, position = model.new_kv_cache(slots, T + 1), torch.full((slots, 1), T, device=device)
-    decode = seconds(lambda: model(ids[:, :1], None, cache, position), device)
+
+    def step():
+        model(ids[:, :1], None, cache, position)
+
+    decode, one = seconds(step, device), seconds_on_one_thread(step, device)
+    tell_of_threads(decode, one)
     prefill = seconds(lambda: model.hidden(ids, None, cache[:, :, :, :, :T]), device)
     read = [*weights, model.wte.weight, cache]   # wte is the output's matrix, or as large
     decode_bytes = sum(tensor.numel() * tensor.element_size() for tensor in read)
     prefill_flops = 2 * slots * T * sum(weight.numel() for weight in weights)
     return dict(bandwidth_gb_s=bandwidth / 1e9, matmul_gflop_s=flops / 1e9,
                 decode_batch=slots, decode_ms=1e3 * decode,
+                decode_ms_on_one_thread=1e3 * one if one else None,
                 decode_share_of_bandwidth=decode_bytes / decode / bandwidth,
                 prefill_tokens=slots * T, prefill_ms=1e3 * prefill,
                 prefill_share_of_matmul=prefill_flops / prefill / flops)

@@ -9,6 +9,7 @@ import torch
 import bench
 import flora
 from generate import Engine
+from plumbing import timing
 from test_flora import served_model
 
 
@@ -135,3 +136,21 @@ def test_ranks_are_told_apart_by_the_intervals():
               for rank, low, high in [(1, 1.01, 1.03), (2, 0.99, 1.02), (4, 0.9, 0.95)]]
     assert bench.told_apart(ratios, "lora-token") == (1, 4)
     assert bench.told_apart(ratios, "lora-example") == (0, float("inf"))
+
+
+def test_a_step_that_one_thread_takes_faster_than_all_is_told_of(capsys):
+    threads = torch.get_num_threads()
+    assert timing.seconds_on_one_thread(torch.get_num_threads, torch.device("cuda")) is None
+    torch.set_num_threads(2)
+    try:
+        used = []
+        timing.seconds_on_one_thread(lambda: used.append(torch.get_num_threads()),
+                                     torch.device("cpu"))
+        assert set(used) == {1} and torch.get_num_threads() == 2
+        timing.tell_of_threads(0.0100, 0.0021)
+        assert "takes 10.0 ms on 2 threads and 2.1 on one" in capsys.readouterr().out
+        timing.tell_of_threads(0.0017, 0.0021)
+        timing.tell_of_threads(0.0017, None)
+        assert capsys.readouterr().out == ""
+    finally:
+        torch.set_num_threads(threads)
