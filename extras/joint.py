@@ -17,7 +17,7 @@ from extras.int8 import serving
 from extras.packed import Copies, Packed, pack_weight, times_packed
 from flora import NO_ROWS, AdapterLinear, add_lora, select
 
-MOST_RANKS = 4   # of a LoRA; a joint A holds zeros beside it, for the columns of the other layers
+MOST_RANKS = 16   # of a LoRA; a joint A holds zeros beside it, for the columns of the other layers
 
 
 class JointRows(NamedTuple):

@@ -102,7 +102,7 @@ def test_steps_and_prompts_are_those_of_the_plain_path(shape, kinds, batch, dtyp
 
 @pytest.mark.parametrize("kind, rank, targets, joined", [
     ("flora", 1, None, True), ("flora", 2, None, False), ("ia3", 1, None, True),
-    ("lora", 4, None, True), ("lora", 5, None, False), ("ffba", 1, None, False),
+    ("lora", 16, None, True), ("lora", 17, None, False), ("ffba", 1, None, False),
     ("lora", 1, ["gate_proj", "o_proj"], True), ("flora", 1, ["up_proj", "down_proj"], True)])
 def test_adapters_of_a_low_rank_are_applied_to_several_layers_at_once(kind, rank, targets, joined):
     model = llama([(kind, rank, targets)] * 2 + [("lora", 1, targets)] * (kind != "ffba"))
