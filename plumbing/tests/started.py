@@ -20,7 +20,8 @@ class Started:
     def __init__(self, module, *flags, **environment):
         self.output, output = FORKS.Pipe(duplex=False)
         command = [module, *map(str, flags)]
-        self.process = FORKS.Process(target=run, args=(command, output, os.getcwd(), environment),
+        here = os.getcwd(), sys.executable
+        self.process = FORKS.Process(target=run, args=(command, output, *here, environment),
                                      daemon=True)   # it does not outlive the tests
         self.process.start()
         output.close()
@@ -41,7 +42,7 @@ class Started:
         return self.process.exitcode, printed
 
 
-def run(command, output, folder, environment):
+def run(command, output, folder, executable, environment):
     for stream in (1, 2):
         os.dup2(output.fileno(), stream)
     os.chdir(folder)
@@ -49,5 +50,5 @@ def run(command, output, folder, environment):
     torch.set_num_threads(1)
     module, *sys.argv[1:] = command
     sys.argv[0] = f"{module}.py"
-    sys.orig_argv = [sys.executable, "-m", *command]
+    sys.executable, sys.orig_argv = executable, [executable, "-m", *command]
     run_main(importlib.import_module(module).main)
