@@ -471,6 +471,7 @@ TABLES = {   # name in the text: (files in extras/results/, what makes the table
     "rates": ("table1.json", rates),
     "losses-three": ("table1_three.json", accuracy),
     "rates-three": ("table1_three.json", rates),
+    "rates-three-r4": ("table1_r4.json", rates),
     "defaults": ("default_flora.json default_lora.json default_ia3.json default_lora_1e-4.json",
                  trainings),
     "shares": ("shares.json", shares),
