@@ -66,8 +66,8 @@ def tell_of_threads(several, one):
 
 @torch.inference_mode()
 def share_of_limits(model, weights, slots, bandwidth, flops):
-    """Both limits, and the base's share of them in decoding and in prefilling `slots` requests; says
-    so where one thread decodes faster than all. weights: of the projections."""
+    """Both limits, and the base's share of them in decoding and prefilling `slots` requests; says so
+    where one thread decodes faster than all. weights: of the projections."""
     device, T = model.wte.weight.device, min(256, model.config.n_positions // 2)
     ids = torch.zeros(slots, T, dtype=torch.int64, device=device)
     cache, position = model.new_kv_cache(slots, T + 1), torch.full((slots, 1), T, device=device)
