@@ -33,8 +33,8 @@ def is_joinable(layer, rows):
     A, added = rows.bank.scale_A, rows.bank.added_A
     one = A is None or A.shape[1] == 1 and A.shape[2] == layer.out_features
     few = added is None or added.shape[1] <= MOST_RANKS
-    usual = layer.add_lora is add_lora or hasattr(layer.add_lora, "is_add_lora_at_one_token")
-    usual = usual and layer.path != "materialise"
+    alike = layer.add_lora is add_lora or hasattr(layer.add_lora, "is_add_lora_at_one_token")
+    usual = alike and layer.path != "materialise"
     return type(layer) is AdapterLinear and type(layer.form) is Packed and usual and one and few
 
 
