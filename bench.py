@@ -393,9 +393,11 @@ def bench_serving(bench):
     if "latency" not in args.mode:
         return results
     if not args.request_rate:
-        run_in_turns([lanes["base", None]], bench.workload, at_once)
+        base = lanes["base", None]
+        if not base.runs:
+            run_in_turns([base], bench.workload, at_once)
         new_tokens = np.mean([output for _, output in bench.workload])
-        capacity = lanes["base", None].runs[-1]["tokens_per_second"] / new_tokens   # requests/s
+        capacity = base.runs[-1]["tokens_per_second"] / new_tokens   # requests/s
         args.request_rate = [float(f"{LOAD * capacity:.2g}")]
     for rate in args.request_rate:
         rng = np.random.default_rng(args.seed)
