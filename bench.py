@@ -30,6 +30,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
+from random import random
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -224,13 +225,14 @@ def take_turn(lane, workload, arrivals, timed):
 
 def run_in_turns(lanes, workload, arrivals, timed=timed_step):
     """Serve the workload once by each of `lanes`, in turns; request i arrives at arrivals[i]. Where
-    all arrive at once all rows take the same steps, and the one with the fewest takes the next."""
+    all arrive at once all rows take the same steps, one of those with the fewest the next: at
+    random, since a row that always follows the same one may fall in with another program."""
     at_once = arrivals[-1] == 0
     for lane in lanes:
         lane.start()
     live = list(lanes)
     while live:
-        lane = min(live, key=lambda lane: lane.taken if at_once else lane.clock)
+        lane = min(live, key=lambda lane: (lane.taken, random()) if at_once else lane.clock)
         if not take_turn(lane, workload, arrivals, timed):
             live.remove(lane)
     for lane in lanes:
