@@ -152,12 +152,12 @@ if launcher.can_forbid():
     HOSTILE |= FILTERED
 
 
-def left_over(name, but=None):
-    """Live processes with `name` on their command line, but for this one and that of an id."""
+def left_over(name):
+    """Live processes with `name` on their command line, but for this one."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            mine = int(folder.name) in (os.getpid(), but)
+            mine = int(folder.name) == os.getpid()
             if name in (folder / "cmdline").read_text() and not mine:
                 found.append(folder.name)
         except OSError:
@@ -220,7 +220,8 @@ tempfile.tempdir = "{tempfile.tempdir}"
 sandbox.contained([(("/bin/sh", "{program_name}"), 60)], "{program_name}", "sleep 61; true",
                   namespaces={not sandbox.no_namespaces()})"""])
     try:
-        wait_until(lambda: left_over(program_name, but=evaluation.pid))
+        # the program's own; until it calls exec, a child has the evaluation's command line
+        wait_until(lambda: left_over(f"/bin/sh\0{program_name}"))
         groups = [group for group in Path("/sys/fs/cgroup").glob("**/flora-*")
                   if parent_of(group.name.removeprefix("flora-")) == evaluation.pid]
         assert sandbox.no_memory_group() or groups
