@@ -226,7 +226,7 @@ def take_turn(lane, workload, arrivals, timed):
 def run_in_turns(lanes, workload, arrivals, timed=timed_step):
     """Serve the workload once by each of `lanes`, in turns; request i arrives at arrivals[i]. Where
     all arrive at once all rows take the same steps, one of those with the fewest the next: at
-    random, since a row that always follows the same one may fall in with another program."""
+    random, since a row that always follows the same one may fall in step with other programs."""
     at_once = arrivals[-1] == 0
     for lane in lanes:
         lane.start()
